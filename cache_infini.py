@@ -1,0 +1,426 @@
+"""The cache of Infini-attention (arXiv 2404.07143): per layer a memory, and the keys and values of the open segment.
+
+Its size does not depend on how many tokens went through it. It can be continued, branched, moved, saved and loaded.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration_infini import LAYER_TYPE, InfiniLlamaConfig
+from .memory_infini import MemoryState, scan, sigma, write
+from .timeline_infini import Layout, Timeline, gather_tokens
+
+__all__ = ["InfiniCache", "InfiniCacheLayer", "projection_fingerprint"]
+
+
+class InfiniCacheLayer(CacheLayerMixin):
+    """What one layer keeps between forward calls. Legend of the shapes: see `memory_infini`.
+
+    Fields:
+        memory: of all completed segments; (B, K, D, D) and (B, K, D), float32. None before the first token.
+        pending: what the tokens of the open segment add to it once the segment is full, in the same shapes. Keeping it
+            makes every token cost the same, and spares a copy of the keys without rotary positions.
+        keys, values: (B, K, capacity, D) in the model's dtype, the open segment for local attention, keys with rotary
+            positions. The first `timeline.filled[row]` slots of a row are in use. None while no segment is open.
+        timeline: where the rows stand, the same object in all layers.
+        written_with: (segment_length, memory_update) of the model that wrote it.
+        fingerprint: of the key and value projections that wrote it, see `projection_fingerprint`.
+    """
+
+    _layer_type = LAYER_TYPE  # lets `DynamicCache(config=config)` build these layers
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.device: torch.device | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = self.memory = self.pending = None
+        self.timeline: Timeline | None = None
+        self.written_with: tuple[int, str] | None = None
+        self.fingerprint: torch.Tensor | None = None
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device = key_states.device
+        self.num_heads, self.head_dim = key_states.shape[1], key_states.shape[3]
+        self.timeline = Timeline.start(key_states.shape[0])
+        self.is_initialized = True
+
+    # What a forward call does, in this order: local keys and values, then the memory.
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in new keys and values, and return those that local attention looks at.
+
+        Args:
+            key_states: (B, K, T, D), with rotary positions.
+            value_states: (B, K, T, D).
+            layout: where the tokens go.
+
+        Returns:
+            Keys and values (B, K, W, D) for a layout within segments, (B * S, K, W, D) for one across.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.timeline = layout.after
+        self.written_with = (layout.segment_length, layout.memory_update)
+        if layout.num_segments > 0:
+            keys, self.keys = self._split(self.keys, key_states, layout)
+            values, self.values = self._split(self.values, value_states, layout)
+            return keys, values
+        self.keys = self._append(self.keys, key_states, layout)
+        self.values = self._append(self.values, value_states, layout)
+        if layout.query_offset == 0 and layout.query_slots is None:
+            return key_states, value_states  # nothing was there before
+        return self.keys[:, :, : layout.key_width], self.values[:, :, : layout.key_width]
+
+    @staticmethod
+    def _append(buffer: torch.Tensor | None, states: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Write (B, K, T, D) into the slots of the open segment; returns the buffer (B, K, capacity, D)."""
+        capacity = 0 if buffer is None else buffer.shape[2]
+        if capacity < layout.key_width:
+            capacity = min(layout.segment_length, max(layout.key_width, 2 * capacity, 64))
+            capacity = max(capacity, layout.key_width)
+            grown = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
+            if buffer is not None:
+                grown[:, :, : buffer.shape[2]] = buffer
+            buffer = grown
+        elif torch.is_grad_enabled() and (buffer.requires_grad or states.requires_grad):
+            buffer = buffer.clone()  # the graph of the last call may need the old one
+        elif buffer.is_inference() and not torch.is_inference_mode_enabled():
+            buffer = buffer.clone()  # written in inference mode, which forbids changing it outside
+        if layout.row_index is None:
+            buffer[:, :, layout.query_offset : layout.query_offset + states.shape[2]] = states
+        else:
+            buffer[layout.row_index, :, layout.slot_index] = states[layout.row_index, :, layout.column_index]
+        return buffer
+
+    @staticmethod
+    def _split(
+        buffer: torch.Tensor | None, states: torch.Tensor, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Lay (B, K, T, D) out as segments (B * S, K, W, D), and keep those of the segment that stays open."""
+        batch_size, states = states.shape[0], states.transpose(1, 2)
+        if layout.key_index is None:
+            return layout.to_segments(states).transpose(1, 2), None
+        if any(layout.before.filled):
+            states = torch.cat([buffer[:, :, : max(layout.before.filled)].transpose(1, 2), states], dim=1)
+        segments = gather_tokens(states, layout.key_index, batch_size * layout.num_segments)
+        if not any(layout.after.filled):
+            return segments.transpose(1, 2), None
+        return segments.transpose(1, 2), gather_tokens(states, layout.open_index, batch_size).transpose(1, 2)
+
+    def update_memory(self, key_states: torch.Tensor, value_states: torch.Tensor, layout: Layout) -> MemoryState:
+        """Write new tokens, and return what they may read: the memory at the start of each one's segment.
+
+        Args:
+            key_states: (B, K, T, D), without rotary positions.
+            value_states: (B, K, T, D).
+            layout: where the tokens go.
+
+        Returns:
+            A state of (B, K, ...) for a layout within segments, (B * S, K, ...) for one across.
+        """
+        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        if self.memory is None:
+            self.memory = self.pending = MemoryState.zeros(keys, values)
+        rule, start = layout.memory_update, self.memory
+        sigma_k = sigma(keys)  # (B, T, K, D)
+        if layout.num_segments == 0:
+            if layout.valid is not None:
+                sigma_k = sigma_k * layout.valid[:, :, None, None]  # sigma(0) is 1: padding must be taken out after it
+            self.pending = self.pending.add(write(rule, sigma_k.transpose(1, 2), value_states, start))
+            if layout.completes is not None:
+                self.memory = start.add(self.pending, where=layout.completes)
+                self.pending = self.pending.masked(~layout.completes)
+            return start
+
+        def to_segments(x: torch.Tensor) -> torch.Tensor:
+            rows = layout.to_segments(x).transpose(1, 2)  # (B * S, K, W, D)
+            return rows.unflatten(0, (x.shape[0], layout.num_segments))
+
+        starts, self.memory, self.pending = scan(
+            rule,
+            to_segments(sigma_k),
+            to_segments(values),
+            start,
+            self.pending,
+            restarts=layout.restarts,
+            completes=layout.completes,
+        )
+        return starts.map(lambda x: x.flatten(0, 1))
+
+    # The rest of the life cycle.
+
+    def get_seq_length(self) -> int:
+        """All tokens seen, padding included: `generate` cuts a prompt that it continues by this."""
+        return self.timeline.seen if self.timeline is not None else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that local attention sees."""
+        filled = max(self.timeline.filled) if self.timeline is not None else 0
+        return filled + query_length, self.get_seq_length() - filled
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, -1 before the first token."""
+        return len(self.timeline.positions) if self.timeline is not None else -1
+
+    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in ("keys", "values"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
+        for name in ("memory", "pending"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).map(function))
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        if self.timeline is None:
+            return
+        self._map_tensors(lambda x: x.index_select(0, rows.to(x.device)))
+        self.timeline = self.timeline.select(rows.tolist())
+
+    def reset(self) -> None:
+        self._clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.timeline is not None:
+            self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.timeline is not None:
+            self._select_rows(torch.arange(self.batch_size)[indices.cpu()])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"`crop({tokens_to_remove})`: tokens cannot be taken out of a compressive memory again. Keep a copy "
+                "from before (`copy.deepcopy(cache)`) and go on from that. Assisted decoding needs a model without "
+                "recurrent memory."
+            )
+
+    def offload(self) -> None:
+        self._map_tensors(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map_tensors(lambda x: x.to(self.device, non_blocking=True))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to another device."""
+        self._map_tensors(lambda x: x.to(device))
+        self.device = torch.device(device)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All state in float or model dtype, by name, the open segment without its unused slots."""
+        filled = max(self.timeline.filled) if self.timeline is not None else 0
+        named = {}
+        if self.memory is not None:
+            named |= {"memory.matrix": self.memory.matrix, "memory.normalizer": self.memory.normalizer}
+            named |= {"pending.matrix": self.pending.matrix, "pending.normalizer": self.pending.normalizer}
+        if filled > 0:
+            named |= {"open.keys": self.keys[:, :, :filled], "open.values": self.values[:, :, :filled]}
+        return named
+
+
+class InfiniCache(Cache):
+    """The memory of an InfiniLlama, as a thing to own.
+
+    It goes where Transformers' caches go: `model.generate(..., past_key_values=cache)`, `model(..., past_key_values=cache)`.
+    A copy for each of many questions is `copy.deepcopy(cache)`, many at once `cache.batch_repeat_interleave(n)`.
+
+    Args:
+        config: of the model that will write it.
+
+    Example:
+
+    ```python
+    >>> cache = InfiniCache(model.config)
+    >>> model(document_ids, past_key_values=cache, logits_to_keep=1)
+    >>> cache.save("document.safetensors")
+    >>> cache = InfiniCache.load("document.safetensors", model)
+    >>> model.generate(question_ids, past_key_values=cache)
+    ```
+    """
+
+    FORMAT = "infini_llama.memory.v1"
+
+    def __init__(self, config: InfiniLlamaConfig):
+        super().__init__(layers=[InfiniCacheLayer() for _ in range(config.num_hidden_layers)])
+
+    def __iter__(self) -> Iterator[MemoryState | None]:
+        """The memory of each layer."""
+        return (layer.memory for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state in use: memory, pending writes, open segment."""
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.tensors().values())
+
+    def to(self, device: torch.device | str) -> "InfiniCache":
+        """Move to another device, in place."""
+        for layer in self.layers:
+            layer.to(device)
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything into one safetensors file: the memory and at most one open segment per layer.
+
+        The file appears whole or not at all.
+
+        Raises:
+            ValueError: there is nothing to save yet.
+        """
+        if self.get_seq_length() == 0:
+            raise ValueError("`save`: this cache is empty. Run the model with `past_key_values=cache` first.")
+        first = self.layers[0]
+        names = first.tensors()
+        tensors = {
+            name: torch.stack([layer.tensors()[name].detach().cpu() for layer in self.layers]) for name in names
+        }
+        segment_length, memory_update = first.written_with
+        description = {
+            "num_layers": len(self.layers),
+            "num_key_value_heads": first.num_heads,
+            "head_dim": first.head_dim,
+            "segment_length": segment_length,
+            "memory_update": memory_update,
+            "fingerprint": [layer.fingerprint.tolist() for layer in self.layers],
+            "timeline": first.timeline._asdict(),
+        }
+        metadata = {"format": self.FORMAT, "description": json.dumps(description)}
+        metadata["checksum"] = _checksum(metadata["description"], tensors)
+        path = os.fspath(path)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: nn.Module) -> "InfiniCache":
+        """Read what `save` wrote, onto the devices of `model`.
+
+        Args:
+            path: the file.
+            model: the `InfiniLlamaForCausalLM` or `InfiniLlamaModel` (or a PEFT model around it) that will go on with it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, altered or something else; or it was written by a model with other
+                shapes, another segment length, another write rule or other key and value projections.
+        """
+        path = os.fspath(path)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"There is no memory file at '{path}'.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"'{path}' is truncated or not a safetensors file ({error}). Save the memory again.") from error
+        if metadata.get("format") != cls.FORMAT:
+            raise ValueError(
+                f"'{path}' is not a memory of this library: its format is {metadata.get('format')!r}, not {cls.FORMAT!r}."
+            )
+        if metadata.get("checksum") != _checksum(metadata["description"], tensors):
+            raise ValueError(f"'{path}' was altered after it was saved: its checksum does not match. Save it again.")
+        description = json.loads(metadata["description"])
+        _refuse_other_model(path, description, model)
+
+        cache = cls(model.config)
+        timeline = Timeline(**{k: tuple(v) if isinstance(v, list) else v for k, v in description["timeline"].items()})
+        projections = _projections(model)
+        for index, layer in enumerate(cache.layers):
+            weight = next(projections[index][0].parameters())
+            layer.is_initialized, layer.timeline = True, timeline
+            layer.num_heads, layer.head_dim = description["num_key_value_heads"], description["head_dim"]
+            layer.written_with = (description["segment_length"], description["memory_update"])
+            layer.fingerprint = torch.tensor(description["fingerprint"][index])
+            if "memory.matrix" in tensors:
+                layer.memory = MemoryState(tensors["memory.matrix"][index], tensors["memory.normalizer"][index])
+                layer.pending = MemoryState(tensors["pending.matrix"][index], tensors["pending.normalizer"][index])
+            if "open.keys" in tensors:
+                layer.keys = tensors["open.keys"][index].to(model.dtype)
+                layer.values = tensors["open.values"][index].to(model.dtype)
+            layer.to(weight.device)
+        return cache
+
+
+def projection_fingerprint(*modules: nn.Module) -> torch.Tensor:
+    """A number for each module that changes with its weights, (len(modules),) int64, on the device of the weights.
+
+    It samples the bits of every parameter and buffer, rounded to bfloat16 so that one checkpoint loaded in different
+    precisions keeps its number. The arithmetic is exact, so all devices agree.
+    """
+    numbers = []
+    for module in modules:
+        total = None
+        for tensor in [*module.parameters(), *module.buffers()]:
+            flat = tensor.detach().reshape(-1)
+            if flat.device.type == "meta":  # offloaded to disk
+                continue
+            sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).view(torch.int16).long()
+            factors = torch.arange(1, 2 * len(sample), 2, device=sample.device)
+            number = (sample * factors).sum() + flat.numel()
+            total = number if total is None else 1_000_003 * total + number.to(total.device)
+        numbers.append(torch.zeros((), dtype=torch.int64) if total is None else total)
+    return torch.stack(numbers)
+
+
+def _projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The key and value projections of a model, layer by layer, also below a PEFT model."""
+    return [(m.k_proj, m.v_proj) for m in model.modules() if hasattr(m, "memory_gate")]
+
+
+def _checksum(description: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _refuse_other_model(path: str, description: dict, model: nn.Module) -> None:
+    config = model.config
+    expected = {
+        "num_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "segment_length": config.segment_length,
+        "memory_update": config.memory_update,
+    }
+    differences = [
+        f"{name} {description[name]!r} in the file, {value!r} in the model"
+        for name, value in expected.items()
+        if description[name] != value
+    ]
+    if not differences:
+        fingerprints = [projection_fingerprint(*pair).tolist() for pair in _projections(model)]
+        other = sum(a != b for a, b in zip(fingerprints, description["fingerprint"], strict=True))
+        if other:
+            differences = [f"key and value projections, in {other} of {len(fingerprints)} layers"]
+    if differences:
+        raise ValueError(
+            f"'{path}' was written by a model that differs in: {'; '.join(differences)}. Load it into the model that "
+            "wrote it, or let this model read the text again."
+        )

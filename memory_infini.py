@@ -1,0 +1,217 @@
+"""The compressive memory of Infini-attention (arXiv 2404.07143), as pure functions of tensors.
+
+The memory of a KV head is a matrix M and a normalizer z. Queries read from it, keys and values are written into it, and
+neither carries rotary positions. All of it is computed and kept in float32, whatever the dtype of the model.
+
+Legend, used as suffix of names and in shapes:
+    B batch, or any number of rows that share nothing        S segments
+    K key/value heads                                        G query heads per key/value head
+    N tokens of a segment                                    D head dim (key side), V head dim (value side)
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["WRITE_RULES", "MemoryState", "mix", "normalized", "read", "scan", "sigma", "write"]
+
+
+class MemoryState(NamedTuple):
+    """What a layer remembers: everything, in a size that does not depend on how much there was.
+
+    Fields:
+        matrix: (..., K, D, V) float32, M in the paper.
+        normalizer: (..., K, D) float32, z in the paper. All zero for a memory that nothing was written into.
+    """
+
+    matrix: torch.Tensor
+    normalizer: torch.Tensor
+
+    @classmethod
+    def zeros(cls, keys: torch.Tensor, values: torch.Tensor) -> "MemoryState":
+        """An empty memory for keys (B, ..., K, D) and values (B, ..., K, V): float32 (float64 for float64 keys)."""
+        batch_size, num_heads, head_dim = keys.shape[0], *keys.shape[-2:]
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        matrix = torch.zeros(batch_size, num_heads, head_dim, values.shape[-1], dtype=dtype, device=keys.device)
+        return cls(matrix, torch.zeros_like(matrix[..., 0]))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MemoryState":
+        """Apply `function` to both tensors."""
+        return MemoryState(function(self.matrix), function(self.normalizer))
+
+    def add(self, other: "MemoryState", where: torch.Tensor | None = None) -> "MemoryState":
+        """The sum of two states; with `where`, a bool tensor (B,), only in its rows."""
+        if where is not None:
+            other = other.masked(where)
+        return MemoryState(self.matrix + other.matrix, self.normalizer + other.normalizer)
+
+    def masked(self, where: torch.Tensor) -> "MemoryState":
+        """The state in the rows of `where`, a bool tensor (B,), and an empty memory in the others."""
+        return self.map(lambda x: x * where.view(-1, *[1] * (x.dim() - 1)))
+
+
+def sigma(x: torch.Tensor) -> torch.Tensor:
+    """The feature map ELU + 1, in float32 (float64 stays).
+
+    Written as exp(min(x, 0)) + max(x, 0), which stays positive where (exp(x) - 1) + 1 would have rounded to 0.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.clamp(max=0).exp() + x.relu()
+
+
+def normalized(sigma_x: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+    """The rows of `sigma_x` divided by sigma(x) z, the denominator of equations 7 and 9; 0 where that is 0.
+
+    Args:
+        sigma_x: (..., N, D).
+        normalizer: (..., D).
+
+    Returns:
+        (..., N, D).
+    """
+    denominator = sigma_x @ normalizer.unsqueeze(-1)
+    # The inner `where` keeps the gradient finite, the outer one the result zero.
+    return sigma_x * torch.where(denominator > 0, 1 / torch.where(denominator > 0, denominator, 1), 0)
+
+
+def read(sigma_q: torch.Tensor, memory: MemoryState) -> torch.Tensor:
+    """A_mem = sigma(Q) M / (sigma(Q) z), equation 7. Nothing is read (0) from an empty memory.
+
+    The query heads of a group read the memory of their key/value head, as further rows of one matrix product.
+
+    Args:
+        sigma_q: (B, K, N, G, D).
+        memory: matrix (B, K, D, V), normalizer (B, K, D).
+
+    Returns:
+        (B, K, N, G, V).
+    """
+    rows = sigma_q.flatten(2, 3)  # (B, K, NG, D)
+    numerator = rows @ memory.matrix
+    denominator = rows @ memory.normalizer.unsqueeze(-1)
+    retrieved = numerator / torch.where(denominator > 0, denominator, 1)  # eq 7
+    return retrieved.unflatten(2, sigma_q.shape[2:4])
+
+
+def mix(beta: torch.Tensor, local: torch.Tensor, retrieved: torch.Tensor, memory: MemoryState) -> torch.Tensor:
+    """A = sigmoid(beta) A_mem + (1 - sigmoid(beta)) A_local, equation 10; A_local alone while the memory is empty.
+
+    Args:
+        beta: (K, G), one per query head.
+        local: (B, K, N, G, V) in any dtype.
+        retrieved: (B, K, N, G, V) float32, from `read`.
+        memory: what it was read from.
+
+    Returns:
+        (B, K, N, G, V) float32.
+    """
+    is_written = memory.normalizer.sum(-1) > 0  # (B, K)
+    gate = torch.sigmoid(beta.float())[:, None, :, None] * is_written[:, :, None, None, None]
+    return torch.lerp(local.to(retrieved.dtype), retrieved, gate.to(retrieved.dtype))  # eq 10
+
+
+def linear(sigma_k: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor | None:
+    """Equation 8 writes the values as they are: nothing that is already bound to a key is taken off."""
+    return None
+
+
+def delta(sigma_k: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor | None:
+    """Equation 9 writes what is new in the values: V - sigma(K) M / (sigma(K) z)."""
+    return normalized(sigma_k, normalizer)
+
+
+# A write rule says how the keys of a segment read, before they are written, what the memory already binds to them:
+# it maps sigma(K) (..., N, D) and z (..., D) to reading keys R (..., N, D), or to None for "not at all". The segment
+# then adds sigma(K)^T (V - R M) to the matrix. That is affine in M, which is what makes segments parallel (see `scan`).
+WRITE_RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]] = {
+    "linear": linear,
+    "delta": delta,
+}
+
+
+def write(rule: str, sigma_k: torch.Tensor, values: torch.Tensor, memory: MemoryState) -> MemoryState:
+    """What tokens of one segment add to the memory that the segment started with, equations 8 and 9.
+
+    Both rules add up inside a segment, so the tokens may come in any number of calls.
+
+    Args:
+        rule: a key of `WRITE_RULES`.
+        sigma_k: (B, K, N, D); rows of tokens that are not to be written are 0.
+        values: (B, K, N, V) in any dtype.
+        memory: the memory at the start of the segment.
+
+    Returns:
+        The increment, in the shapes of `memory`.
+    """
+    values = values.to(sigma_k.dtype)
+    reading_keys = WRITE_RULES[rule](sigma_k, memory.normalizer)
+    if reading_keys is not None:
+        values = values - reading_keys @ memory.matrix
+    return MemoryState(sigma_k.transpose(-2, -1) @ values, sigma_k.sum(-2))  # eq 8, eq 9
+
+
+def scan(
+    rule: str,
+    sigma_k: torch.Tensor,
+    values: torch.Tensor,
+    memory: MemoryState,
+    pending: MemoryState,
+    *,
+    restarts: torch.Tensor | None = None,
+    completes: torch.Tensor | None = None,
+) -> tuple[MemoryState, MemoryState, MemoryState]:
+    """Write S consecutive segments, with everything that is large computed for all of them at once.
+
+    With C = sigma(K)^T V and A = sigma(K)^T R (R from the rule, known once the prefix sums of z are), a segment maps
+    M to M + C - A M. What runs segment after segment is only that D x D map.
+
+    Args:
+        rule: a key of `WRITE_RULES`.
+        sigma_k: (B, S, K, N, D); rows of slots that hold no new token are 0.
+        values: (B, S, K, N, V) in any dtype.
+        memory: the memory at the start of the first segment.
+        pending: what earlier tokens of the first segment, which are not in `sigma_k`, have added.
+        restarts: (B, S) bool, segments that begin a new document, with an empty memory. None: no segment does.
+        completes: (B, S) bool, segments that are full, or followed by another one of their document. None: all are.
+
+    Returns:
+        The memory at the start of each segment, (B, S, K, ...); the memory after the last completed segment; and what
+        the segment that stayed open has added so far (0 where none did).
+    """
+    sums_C = sigma_k.transpose(-2, -1) @ values.to(sigma_k.dtype)  # (B, S, K, D, V)
+    sums_z = sigma_k.sum(-2)  # (B, S, K, D)
+    num_segments = sigma_k.shape[1]
+
+    def run(
+        state: torch.Tensor, first: torch.Tensor, increment: Callable[[int, torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        trailing = [1] * (state.dim() - 1)
+        starts, still_open = [], torch.zeros_like(state)
+        for s in range(num_segments):
+            if restarts is not None:
+                state = state.masked_fill(restarts[:, s].view(-1, *trailing), 0)
+            starts.append(state)
+            added = increment(s, state)
+            if s == 0:
+                added = first + added
+            if completes is None:
+                state = state + added
+            else:
+                complete = completes[:, s].view(-1, *trailing)
+                state = state + added.masked_fill(~complete, 0)
+                # A row's later segments, if it has any, hold no token and leave this alone; a segment followed by
+                # another document is marked complete, into a memory that the restart then empties.
+                still_open = still_open + added.masked_fill(complete, 0)
+        return torch.stack(starts, dim=1), state, still_open
+
+    starts_z, last_z, open_z = run(memory.normalizer, pending.normalizer, lambda s, z: sums_z[:, s])  # eq 8
+    reading_keys = WRITE_RULES[rule](sigma_k, starts_z)
+    if reading_keys is None:
+        starts_M, last_M, open_M = run(memory.matrix, pending.matrix, lambda s, M: sums_C[:, s])  # eq 8
+    else:
+        maps_A = sigma_k.transpose(-2, -1) @ reading_keys  # (B, S, K, D, D)
+        starts_M, last_M, open_M = run(
+            memory.matrix, pending.matrix, lambda s, M: sums_C[:, s] - maps_A[:, s] @ M  # eq 9
+        )
+    return MemoryState(starts_M, starts_z), MemoryState(last_M, last_z), MemoryState(open_M, open_z)

@@ -1,0 +1,485 @@
+"""InfiniLlama: Transformers' Llama with Infini-attention (arXiv 2404.07143) in every layer.
+
+Only what differs from Llama is here: the attention, which adds a memory to local attention, and the loop over blocks of
+segments, which bounds the memory that a long input needs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
+from .configuration_infini import InfiniLlamaConfig
+from .memory_infini import mix, read, sigma
+from .timeline_infini import Layout, Timeline, block_widths, plan
+
+__all__ = [
+    "InfiniLlamaForCausalLM",
+    "InfiniLlamaForSequenceClassification",
+    "InfiniLlamaModel",
+    "InfiniLlamaPreTrainedModel",
+]
+
+# What other code passes along to describe packed documents to a flash attention kernel. We read `position_ids` instead,
+# and the kernel sees segments, which these do not describe.
+PACKING_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class InfiniMemoryGate(nn.Module):
+    """beta of equation 10, one per query head. A module, so that PEFT's `modules_to_save` reaches it."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(num_heads))
+
+
+class InfiniLlamaAttention(LlamaAttention):
+    """Local attention inside segments, and a memory of all segments before, behind one gate per head."""
+
+    def __init__(self, config: InfiniLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.memory_gate = InfiniMemoryGate(config.num_attention_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        layout: Layout,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: (batch, tokens, hidden_size).
+            position_embeddings: cosines and sines of the positions inside the segments, (batch or 1, tokens, head_dim).
+            attention_mask: of the local attention, as the attention implementation wants it.
+            past_key_values: read, and updated. None: there is nothing before, and nothing is kept.
+            layout: where the tokens go.
+
+        Returns:
+            The output (batch, tokens, hidden_size), and the weights of the local attention (batch, heads, tokens, slots)
+            if the attention implementation returns them.
+        """
+        batch_size, num_tokens, _ = hidden_states.shape
+        hidden_shape = (batch_size, num_tokens, -1, self.head_dim)
+        cache = InfiniCacheLayer() if past_key_values is None else past_key_values.layers[self.layer_idx]
+
+        query_states = self.q_proj(hidden_states).view(hidden_shape)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        rotary_queries, rotary_keys = apply_rotary_pos_emb(query_states.transpose(1, 2), key_states, cos, sin)
+        local_keys, local_values = cache.update(rotary_keys, value_states, layout)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(  # eq 6, (rows, slots, heads, head_dim)
+            self,
+            layout.to_segments(rotary_queries.transpose(1, 2)).transpose(1, 2),
+            local_keys,
+            local_values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+        has_memory = layout.memory_update != "none"
+        if has_memory and (layout.reads or past_key_values is not None):
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                memory = cache.update_memory(key_states, value_states, layout)
+                if layout.reads:
+                    attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory)
+
+        attn_output = layout.to_tokens(attn_output, batch_size)
+        attn_output = self.o_proj(attn_output.reshape(batch_size, num_tokens, -1).contiguous())
+        if attn_weights is not None:
+            attn_weights = layout.to_tokens(attn_weights.transpose(1, 2), batch_size).transpose(1, 2)
+        return attn_output, attn_weights
+
+    def _add_memory(self, attn_output: torch.Tensor, query_states: torch.Tensor, memory) -> torch.Tensor:
+        """Equations 7 and 10 on (rows, slots, heads, head_dim); query head h reads the memory of KV head h // G."""
+        groups = (-1, self.num_key_value_groups)
+
+        def by_kv_head(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(2, groups).transpose(1, 2)  # (rows, K, slots, G, head_dim)
+
+        retrieved = read(by_kv_head(sigma(query_states)), memory)
+        mixed = mix(self.memory_gate.bias.unflatten(0, groups), by_kv_head(attn_output), retrieved, memory)
+        return mixed.transpose(1, 2).flatten(2, 3).to(attn_output.dtype)
+
+
+class InfiniLlamaDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: InfiniLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = InfiniLlamaAttention(config=config, layer_idx=layer_idx)
+
+
+class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
+    config: InfiniLlamaConfig
+    config_class = InfiniLlamaConfig
+    _no_split_modules = ["InfiniLlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Gates take steps that bfloat16 would round away.
+    _keep_in_fp32_modules_strict = ["memory_gate"]
+    # What went into the memory cannot be taken back, so `generate` must not speculate.
+    _is_stateful = True
+    _can_compile_fullgraph = False
+    _can_record_outputs = {
+        "hidden_states": InfiniLlamaDecoderLayer,
+        "attentions": InfiniLlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InfiniMemoryGate):
+            init.constant_(module.bias, self.config.gate_init)
+
+
+class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
+    def __init__(self, config: InfiniLlamaConfig):
+        super(LlamaModel, self).__init__(config)  # LlamaModel's own would build its layers first, to be thrown away
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [InfiniLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: InfiniCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Llama's forward, over an input of any length, block after block.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens) or (batch, tokens seen before + tokens), 0 for padding, on any side.
+            position_ids: (batch, tokens) or (1, tokens). A position that does not come after the one before it starts a
+                new document, with an empty memory. By default each row goes on where the cache stands, and padding has
+                no position.
+            past_key_values: an [`InfiniCache`] to go on with; it is updated in place.
+            inputs_embeds: (batch, tokens, hidden_size), in place of `input_ids`.
+            use_cache: whether to return a cache; on by default.
+            logits_to_keep: if not 0, only the hidden states of this many last tokens are kept and returned, so that the
+                memory needed does not depend on the length.
+
+        Returns:
+            `last_hidden_state` (batch, tokens or `logits_to_keep`, hidden_size), `past_key_values`, and if asked for
+            `hidden_states` and `attentions`, the weights of each token over the slots of its segment.
+
+        Raises:
+            ValueError: an argument has the wrong shape or kind (the message names it).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, num_columns = inputs.shape[:2]
+        if num_columns == 0:
+            raise ValueError(f"The input has no tokens: its shape is {tuple(inputs.shape)}. Give at least one per row.")
+        config = self.config
+        timeline = self._check_cache(past_key_values, batch_size)
+        valid, positions = self._check_mask_and_positions(attention_mask, position_ids, batch_size, num_columns)
+        if use_cache and past_key_values is None:
+            past_key_values = InfiniCache(config)
+        returned_cache = past_key_values
+        if returned_cache is not None and timeline.seen == 0:
+            for decoder_layer, cache_layer in zip(self.layers, returned_cache.layers, strict=True):
+                attention = decoder_layer.self_attn
+                cache_layer.fingerprint = projection_fingerprint(attention.k_proj, attention.v_proj)
+        widths = block_widths(timeline, num_columns, config.segment_length, config.block_segments)
+        if past_key_values is None and len(widths) > 1:
+            past_key_values = InfiniCache(config)
+        for name in PACKING_KWARGS:
+            kwargs.pop(name, None)
+
+        blocks, kept_states, stop = [], [], 0
+        for width in widths:
+            start, stop = stop, stop + width
+            layout = plan(
+                timeline,
+                width,
+                segment_length=config.segment_length,
+                memory_update=config.memory_update,
+                valid=None if valid is None else valid[:, start:stop],
+                positions=None if positions is None else positions[:, start:stop],
+                masks_allowed=not is_flash_attention_requested(config),
+            )
+            timeline = layout.after
+            block = self._forward_block(inputs[:, start:stop], layout, past_key_values, **kwargs)
+            kept = min(logits_to_keep - (num_columns - stop), width) if logits_to_keep else width
+            if kept > 0:
+                kept_states.append(block.last_hidden_state[:, width - kept :])
+            block.last_hidden_state = None  # even an empty slice of it would hold on to all of it
+            blocks.append(block)
+        return BaseModelOutputWithPast(
+            last_hidden_state=kept_states[0] if len(kept_states) == 1 else torch.cat(kept_states, dim=1),
+            past_key_values=returned_cache,
+            hidden_states=_join_tokens([block.hidden_states for block in blocks], dim=1),
+            attentions=_join_tokens([block.attentions for block in blocks], dim=2),
+        )
+
+    @capture_outputs
+    def _forward_block(
+        self, inputs: torch.Tensor, layout: Layout, past_key_values: InfiniCache | None, **kwargs
+    ) -> BaseModelOutputWithPast:
+        """One block of segments through all layers: ids (B, T) or embeddings (B, T, hidden_size)."""
+        hidden_states = inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+        layout = layout.to(hidden_states.device)
+        mask = local_attention_mask(self.config, layout, hidden_states)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=layout.rotary_positions)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                layout=layout,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
+
+    def _check_cache(self, cache: Cache | None, batch_size: int) -> Timeline:
+        """The timeline of the cache, if it is one that this model can go on with."""
+        if cache is None:
+            return Timeline.start(batch_size)
+        if not isinstance(cache, Cache) or not all(isinstance(layer, InfiniCacheLayer) for layer in cache.layers):
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__}, which cannot hold a compressive memory. Pass "
+                "`InfiniCache(model.config)`, or nothing."
+            )
+        config = self.config
+        if len(cache.layers) != config.num_hidden_layers:
+            raise ValueError(
+                f"`past_key_values` has {len(cache.layers)} layers, the model {config.num_hidden_layers}. Build it with "
+                "`InfiniCache(model.config)`."
+            )
+        if cache.offloading:
+            raise ValueError(
+                "`past_key_values` is an offloaded cache. The memory is small and stays where its layer is: pass "
+                "`InfiniCache(model.config)`, or nothing."
+            )
+        layer = cache.layers[0]
+        if layer.timeline is None:
+            return Timeline.start(batch_size)
+        for name, written, now in zip(
+            ("segment_length", "memory_update"),
+            layer.written_with,
+            (config.segment_length, config.memory_update),
+            strict=True,
+        ):
+            if written != now:
+                raise ValueError(
+                    f"`past_key_values` was written with {name}={written!r}, but the model's config now says {now!r}. "
+                    "Set it back, or start with a new cache."
+                )
+        if layer.batch_size != batch_size:
+            raise ValueError(
+                f"`past_key_values` holds {layer.batch_size} rows, the input {batch_size}. To ask many questions about "
+                f"one text, repeat the cache first: `cache.batch_repeat_interleave({batch_size})`."
+            )
+        return layer.timeline
+
+    @staticmethod
+    def _check_mask_and_positions(
+        attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch_size: int, num_columns: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both for the new columns, (batch, columns) on the CPU; a bool for the mask."""
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"`attention_mask` has the shape {tuple(attention_mask.shape)}. Give a padding mask (batch, tokens): "
+                    "which token sees which follows from the segments."
+                )
+            if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_columns:
+                raise ValueError(
+                    f"`attention_mask` has the shape {tuple(attention_mask.shape)}, the input "
+                    f"{(batch_size, num_columns)}. It must cover the input, and may cover what came before it."
+                )
+            attention_mask = attention_mask[:, -num_columns:].bool().cpu()
+        if position_ids is not None:
+            if position_ids.dim() != 2 or position_ids.shape not in ((batch_size, num_columns), (1, num_columns)):
+                raise ValueError(
+                    f"`position_ids` has the shape {tuple(position_ids.shape)}, the input {(batch_size, num_columns)}. "
+                    "Give one position per token, or leave it out."
+                )
+            position_ids = position_ids.cpu().long().expand(batch_size, -1)
+        return attention_mask, position_ids
+
+
+def local_attention_mask(config: InfiniLlamaConfig, layout: Layout, hidden_states: torch.Tensor):
+    """The mask of local attention, in the form that the attention implementation wants; None where it needs none."""
+    slots = layout.query_slots
+    if slots is None:
+        # Plain causal attention; one row of mask serves all. Its offset is 0 except when a segment is continued.
+        rows, width = 1, layout.rotary_positions.shape[1] if layout.num_segments == 0 else layout.key_width
+        mask_function, padding_mask = causal_mask_function, None
+    else:
+        rows, width = slots.shape
+
+        def mask_function(row: int, head: int, query: int, key: int) -> bool:
+            return key <= slots[row, query]
+
+        # Flash attention knows padding only; it gets here with one query per row, all of whose keys come before it.
+        padding_mask = (
+            torch.arange(layout.key_width, device=slots.device) <= slots if is_flash_attention_requested(config) else None
+        )
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=rows,
+        q_length=width,
+        kv_length=layout.key_width,
+        q_offset=layout.query_offset,
+        kv_offset=0,
+        mask_function=mask_function,
+        attention_mask=padding_mask,
+        allow_is_causal_skip=slots is None,
+        dtype=hidden_states.dtype,
+        device=hidden_states.device,
+        config=config,
+    )
+
+
+def _join_tokens(blocks: list[tuple[torch.Tensor, ...] | None], dim: int) -> tuple[torch.Tensor, ...] | None:
+    """Per layer, the outputs of all blocks side by side; weights over fewer slots are filled up with zeros."""
+    if blocks[0] is None:
+        return None
+    if len(blocks) == 1:
+        return blocks[0]
+    joined = []
+    for layer in zip(*blocks, strict=True):
+        width = max(x.shape[-1] for x in layer)
+        joined.append(torch.cat([nn.functional.pad(x, (0, width - x.shape[-1])) for x in layer], dim=dim))
+    return tuple(joined)
+
+
+class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
+    def __init__(self, config: InfiniLlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)  # as in InfiniLlamaModel
+        self.model = InfiniLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: InfiniCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Llama's forward; see [`InfiniLlamaModel.forward`] for the inputs.
+
+        Args:
+            labels: (batch, tokens), -100 where there is no target. They are shifted inside.
+            logits_to_keep: return the logits of this many last tokens, or of the tokens with these indices. 0 returns
+                all, which for a long input is the largest tensor by far.
+
+        Returns:
+            `loss` if there are labels, `logits` (batch, tokens kept, vocab_size), `past_key_values`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # Hooks of `generate`.
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> None:
+        """No position ids: each row goes on where the cache stands, whatever its padding.
+
+        `generate` takes inputs that are no longer than the cache for new ones only if an attention mask says so. Text
+        that is asked about is nearly always longer than the question, so we say so where the caller did not.
+        """
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if cache is not None and mask is not None and inputs_tensor.shape[1] == mask.shape[1] <= cache.get_seq_length():
+            seen = mask.new_ones(mask.shape[0], cache.get_seq_length())
+            model_kwargs["attention_mask"] = torch.cat([seen, mask], dim=1)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+    ) -> None:
+        """The cache that `generate` starts with is an [`InfiniCache`]."""
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation={implementation!r}` cannot hold a compressive memory. Leave it out: the cache of "
+                "this model has a fixed size as it is."
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = InfiniCache(self.config)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class InfiniLlamaForSequenceClassification(GenericForSequenceClassification, InfiniLlamaPreTrainedModel): ...
+
+
+AutoConfig.register(InfiniLlamaConfig.model_type, InfiniLlamaConfig, exist_ok=True)
+for auto_class, model_class in (
+    (AutoModel, InfiniLlamaModel),
+    (AutoModelForCausalLM, InfiniLlamaForCausalLM),
+    (AutoModelForSequenceClassification, InfiniLlamaForSequenceClassification),
+):
+    auto_class.register(InfiniLlamaConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)
