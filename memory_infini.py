@@ -107,8 +107,8 @@ def mix(beta: torch.Tensor, local: torch.Tensor, retrieved: torch.Tensor, memory
         (B, K, N, G, V) float32.
     """
     is_written = memory.normalizer.sum(-1) > 0  # (B, K)
-    gate = torch.sigmoid(beta.float())[:, None, :, None] * is_written[:, :, None, None, None]
-    return torch.lerp(local.to(retrieved.dtype), retrieved, gate.to(retrieved.dtype))  # eq 10
+    gate = torch.sigmoid(beta.to(retrieved.dtype))[:, None, :, None] * is_written[:, :, None, None, None]
+    return torch.lerp(local.to(retrieved.dtype), retrieved, gate)  # eq 10
 
 
 def linear(sigma_k: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor | None:
