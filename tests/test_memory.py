@@ -1,0 +1,169 @@
+"""The equations of the memory, one by one, against loops over single tokens written from the paper."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from infini_llama.memory_infini import WRITE_RULES, MemoryState, mix, normalized, read, scan, sigma, write
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64 throughout
+RULES = list(WRITE_RULES)
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+
+
+def random_memory(B: int, K: int, D: int, V: int) -> MemoryState:
+    return MemoryState(torch.randn(B, K, D, V).double(), torch.rand(B, K, D).double() + 0.1)
+
+
+def empty_memory(B: int, K: int, D: int, V: int) -> MemoryState:
+    return MemoryState(torch.zeros(B, K, D, V).double(), torch.zeros(B, K, D).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_sigma_is_elu_plus_one_in_float32(dtype: torch.dtype) -> None:
+    """sigma(x) = ELU(x) + 1, computed in float32 or better."""
+    x = torch.linspace(-8, 8, 101, dtype=dtype)
+    assert sigma(x).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # float32 rounding of the reference, which adds 1 to a number near -1
+    torch.testing.assert_close(sigma(x).double(), nn.functional.elu(x.double()) + 1, rtol=1e-6, atol=1e-6)
+
+
+def test_sigma_stays_positive_and_smooth() -> None:
+    """Where ELU + 1 rounds to zero, sigma is still positive; its derivative is that of ELU, also at 0."""
+    x = torch.tensor([-80.0, -20.0, -1.0, 0.0, 1.0, 30.0], requires_grad=True)
+    assert (nn.functional.elu(x) + 1)[1] == 0  # what is being avoided
+    y = sigma(x)
+    assert (y > 0).all()
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.where(x > 0, 1.0, x.exp()).detach())
+
+
+@given(sizes, st.integers(1, 3))
+def test_read_is_equation_7_for_each_query_head(shape: tuple, groups: int) -> None:
+    """Query head h reads the memory of KV head h // G: sigma(q) M / (sigma(q) z)."""
+    B, K, N, D, V = shape
+    memory, sigma_q = random_memory(B, K, D, V), torch.rand(B, K, N, groups, D).double() + 0.01
+    retrieved = read(sigma_q, memory)
+    for b in range(B):
+        for h in range(K * groups):
+            q = sigma_q[b, h // groups, :, h % groups]
+            expected = (q @ memory.matrix[b, h // groups]) / (q @ memory.normalizer[b, h // groups])[:, None]
+            torch.testing.assert_close(retrieved[b, h // groups, :, h % groups], expected, **EXACT)
+
+
+def test_reading_an_empty_memory_gives_zero_and_finite_gradients() -> None:
+    """The division is safe for any z: an empty memory reads as 0, without a NaN in value or gradient."""
+    memory = MemoryState(*(x.requires_grad_() for x in empty_memory(1, 1, 3, 3)))
+    sigma_q = torch.rand(1, 1, 4, 1, 3).double().requires_grad_()
+    retrieved = read(sigma_q, memory)
+    assert (retrieved == 0).all()
+    gradients = torch.autograd.grad(retrieved.sum() + normalized(sigma_q[:, :, :, 0], memory.normalizer).sum(),
+                                    [sigma_q, *memory], allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
+@given(sizes)
+def test_linear_write_is_equation_8(shape: tuple) -> None:
+    """M += sigma(k)^T v and z += sigma(k), token by token."""
+    B, K, N, D, V = shape
+    memory, sigma_k, values = random_memory(B, K, D, V), torch.rand(B, K, N, D).double(), torch.randn(B, K, N, V).double()
+    matrix, normalizer = torch.zeros_like(memory.matrix), torch.zeros_like(memory.normalizer)
+    for n in range(N):
+        matrix += torch.einsum("bkd,bkv->bkdv", sigma_k[:, :, n], values[:, :, n])
+        normalizer += sigma_k[:, :, n]
+    torch.testing.assert_close(write("linear", sigma_k, values, memory), MemoryState(matrix, normalizer), **EXACT)
+
+
+@given(sizes, st.booleans())
+def test_delta_write_is_equation_9(shape: tuple, is_empty: bool) -> None:
+    """M += sigma(k)^T (v - sigma(k) M / (sigma(k) z)) with the memory of before the segment; an empty one binds nothing."""
+    B, K, N, D, V = shape
+    memory = (empty_memory if is_empty else random_memory)(B, K, D, V)
+    sigma_k, values = torch.rand(B, K, N, D).double() + 0.01, torch.randn(B, K, N, V).double()
+    matrix, normalizer = torch.zeros_like(memory.matrix), torch.zeros_like(memory.normalizer)
+    for b in range(B):
+        for k in range(K):
+            for n in range(N):
+                key = sigma_k[b, k, n]
+                bound = 0 if is_empty else (key @ memory.matrix[b, k]) / (key @ memory.normalizer[b, k])
+                matrix[b, k] += torch.outer(key, values[b, k, n] - bound)
+                normalizer[b, k] += key
+    torch.testing.assert_close(write("delta", sigma_k, values, memory), MemoryState(matrix, normalizer), **EXACT)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(shape=sizes, num_segments=st.integers(1, 5), seed=st.integers(0, 99))
+def test_scan_equals_one_write_after_the_other(rule: str, shape: tuple, num_segments: int, seed: int) -> None:
+    """The parallel form over segments is the recurrence, with restarts, open segments and pending writes."""
+    torch.manual_seed(seed)
+    B, K, N, D, V = shape
+    memory = random_memory(B, K, D, V) if seed % 2 else empty_memory(B, K, D, V)
+    pending = random_memory(B, K, D, V) if seed % 3 else empty_memory(B, K, D, V)
+    sigma_k = torch.rand(B, num_segments, K, N, D).double() + 0.01
+    values = torch.randn(B, num_segments, K, N, V).double()
+    restarts = torch.rand(B, num_segments) < 0.3
+    # All segments of a row are complete but perhaps its last.
+    completes = torch.ones(B, num_segments, dtype=torch.bool)
+    completes[:, -1] = torch.rand(B) < 0.5
+    starts, last, still_open = scan(rule, sigma_k, values, memory, pending, restarts=restarts, completes=completes)
+    for b in range(B):
+        state = MemoryState(memory.matrix[b : b + 1], memory.normalizer[b : b + 1])
+        for s in range(num_segments):
+            if restarts[b, s]:
+                state = empty_memory(1, K, D, V)
+            torch.testing.assert_close(starts.matrix[b : b + 1, s], state.matrix, **EXACT)
+            torch.testing.assert_close(starts.normalizer[b : b + 1, s], state.normalizer, **EXACT)
+            added = write(rule, sigma_k[b : b + 1, s], values[b : b + 1, s], state)
+            if s == 0:
+                added = added.add(MemoryState(pending.matrix[b : b + 1], pending.normalizer[b : b + 1]))
+            if completes[b, s]:
+                state = state.add(added)
+        torch.testing.assert_close(last.matrix[b : b + 1], state.matrix, **EXACT)
+        expected = added.matrix * ~completes[b, -1]
+        torch.testing.assert_close(still_open.matrix[b : b + 1], expected, **EXACT)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_both_rules_add_up_inside_a_segment(rule: str) -> None:
+    """A segment may be written in any pieces: what its tokens add depends on the memory before it alone."""
+    memory, sigma_k, values = random_memory(2, 3, 4, 5), torch.rand(2, 3, 8, 4).double(), torch.randn(2, 3, 8, 5).double()
+    whole = write(rule, sigma_k, values, memory)
+    pieces = [write(rule, k, v, memory) for k, v in zip(sigma_k.split(3, 2), values.split(3, 2))]
+    torch.testing.assert_close(pieces[0].add(pieces[1]).add(pieces[2]), whole, **EXACT)
+
+
+def test_mix_is_equation_10_and_local_alone_while_empty() -> None:
+    """sigmoid(beta) is the share of the memory, per query head; a row without memory keeps all of A_local, bit for bit."""
+    beta, local = torch.randn(2, 3), torch.randn(2, 2, 5, 3, 4)
+    retrieved = torch.randn(2, 2, 5, 3, 4)
+    memory = MemoryState(torch.randn(2, 2, 4, 4), torch.tensor([[[1.0] * 4] * 2, [[0.0] * 4] * 2]))
+    mixed = mix(beta, local, retrieved, memory)
+    gate = torch.sigmoid(beta)[None, :, None, :, None]
+    torch.testing.assert_close(mixed[0], (gate * retrieved + (1 - gate) * local)[0])
+    assert torch.equal(mixed[1], local[1])
+
+
+def test_the_delta_rule_replaces_a_binding_but_the_normalizer_counts_it_twice() -> None:
+    """Delta leaves the new value in M where linear leaves the sum; with the paper's z both are divided by two writes."""
+    key = torch.tensor([[[[1.0, 0.0]]]]).double()
+    old, new = torch.tensor([[[[4.0]]]]).double(), torch.tensor([[[[8.0]]]]).double()
+    results, bindings = {}, {}
+    for rule in RULES:
+        memory = empty_memory(1, 1, 2, 1)
+        for value in (old, new):
+            memory = memory.add(write(rule, key, value, memory))
+        bindings[rule] = memory.matrix[0, 0, 0, 0].item()
+        results[rule] = read(key[:, :, :, None], memory).item()
+    assert bindings == {"linear": 12.0, "delta": 8.0}
+    assert results == {"linear": 6.0, "delta": 4.0}
+
+
+def test_half_precision_inputs_are_accumulated_in_float32() -> None:
+    """8192 + 32 is 8192 in bfloat16: a memory of bfloat16 keys and values must not lose what it adds."""
+    sigma_k, values = sigma(torch.zeros(1, 1, 8192, 1)), torch.ones(1, 1, 8192, 1, dtype=torch.bfloat16)
+    memory = MemoryState.zeros(torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, 1))
+    memory = memory.add(write("linear", sigma_k, values, memory))
+    memory = memory.add(write("linear", sigma_k[:, :, :32], values[:, :, :32], memory))
+    assert memory.matrix.item() == memory.normalizer.item() == 8224
