@@ -54,10 +54,10 @@ class MemoryState(NamedTuple):
 def sigma(x: torch.Tensor) -> torch.Tensor:
     """The feature map ELU + 1, in float32 (float64 stays).
 
-    Written as exp(min(x, 0)) + max(x, 0), which stays positive where (exp(x) - 1) + 1 would have rounded to 0.
+    Written as max(x + 1, exp(min(x, 0))), which stays positive where (exp(x) - 1) + 1 would have rounded to 0.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.clamp(max=0).exp() + x.relu()
+    return torch.maximum(x + 1, x.clamp(max=0).exp_())
 
 
 def normalized(sigma_x: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
@@ -70,9 +70,12 @@ def normalized(sigma_x: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., N, D).
     """
-    denominator = sigma_x @ normalizer.unsqueeze(-1)
-    # The inner `where` keeps the gradient finite, the outer one the result zero.
-    return sigma_x * torch.where(denominator > 0, 1 / torch.where(denominator > 0, denominator, 1), 0)
+    return sigma_x * _inverse(sigma_x @ normalizer.unsqueeze(-1))
+
+
+def _inverse(denominator: torch.Tensor) -> torch.Tensor:
+    """1 / x for x > 0, and 0 with a zero gradient for x = 0."""
+    return torch.where(denominator > 0, denominator, torch.inf).reciprocal()
 
 
 def read(sigma_q: torch.Tensor, memory: MemoryState) -> torch.Tensor:
@@ -88,9 +91,7 @@ def read(sigma_q: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         (B, K, N, G, V).
     """
     rows = sigma_q.flatten(2, 3)  # (B, K, NG, D)
-    numerator = rows @ memory.matrix
-    denominator = rows @ memory.normalizer.unsqueeze(-1)
-    retrieved = numerator / torch.where(denominator > 0, denominator, 1)  # eq 7
+    retrieved = (rows @ memory.matrix) * _inverse(rows @ memory.normalizer.unsqueeze(-1))  # eq 7
     return retrieved.unflatten(2, sigma_q.shape[2:4])
 
 

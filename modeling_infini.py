@@ -232,7 +232,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         for name in PACKING_KWARGS:
             kwargs.pop(name, None)
 
-        blocks, kept_states, stop = [], [], 0
+        kept_states, hidden_states, attentions, stop = [], [], [], 0
         for width in widths:
             start, stop = stop, stop + width
             layout = plan(
@@ -247,15 +247,15 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
             timeline = layout.after
             block = self._forward_block(inputs[:, start:stop], layout, past_key_values, **kwargs)
             kept = min(logits_to_keep - (num_columns - stop), width) if logits_to_keep else width
-            if kept > 0:
+            if kept > 0:  # even an empty slice would hold on to the hidden states of the whole block
                 kept_states.append(block.last_hidden_state[:, width - kept :])
-            block.last_hidden_state = None  # even an empty slice of it would hold on to all of it
-            blocks.append(block)
+            hidden_states.append(block.hidden_states)
+            attentions.append(block.attentions)
         return BaseModelOutputWithPast(
             last_hidden_state=kept_states[0] if len(kept_states) == 1 else torch.cat(kept_states, dim=1),
             past_key_values=returned_cache,
-            hidden_states=_join_tokens([block.hidden_states for block in blocks], dim=1),
-            attentions=_join_tokens([block.attentions for block in blocks], dim=2),
+            hidden_states=_join_tokens(hidden_states, dim=1),
+            attentions=_join_tokens(attentions, dim=2),
         )
 
     @capture_outputs

@@ -189,7 +189,9 @@ def read_llama_config(folder: Path, gguf_file: str | None) -> dict[str, Any]:
 
 
 def broken_gguf(gguf_file: str, error: Exception) -> ConversionError:
-    return ConversionError(f"gguf_file '{gguf_file}' cannot be read ({one_line(error)}): fetch it again")
+    missing_package = isinstance(error, ImportError)
+    remedy = "install it with `pip install gguf`" if missing_package else "fetch it again, or take another file"
+    return ConversionError(f"gguf_file '{gguf_file}' cannot be read ({one_line(error)}): {remedy}")
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -476,7 +478,7 @@ def require_disk_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise ConversionError(
-            f"output needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk: make room, or choose "
+            f"output needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free on its disk: make room, or choose "
             "another disk"
         )
 
@@ -546,8 +548,6 @@ def convert(
             copy_companions(folder, fields, target)
             write_config_and_code(config, target)
             check = compare_logits(folder, target, config, cast)
-            if output.exists():
-                output.rmdir()
             target.rename(output)
         except (OSError, SafetensorError) as error:
             if is_disk_full(error):
