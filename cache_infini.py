@@ -21,6 +21,17 @@ from .timeline_infini import Layout, Timeline, gather_tokens
 __all__ = ["InfiniCache", "InfiniCacheLayer", "projection_fingerprint"]
 
 
+# The tensors of a layer, by their names in a saved memory.
+STATE = (
+    "open.keys",
+    "open.values",
+    "memory.matrix",
+    "memory.normalizer",
+    "pending.matrix",
+    "pending.normalizer",
+)
+
+
 class InfiniCacheLayer(CacheLayerMixin):
     """What one layer keeps between forward calls. Legend of the shapes: see `memory_infini`.
 
@@ -53,7 +64,6 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device = key_states.device
-        self.num_heads, self.head_dim = key_states.shape[1], key_states.shape[3]
         self.timeline = Timeline.start(key_states.shape[0])
         self.is_initialized = True
 
@@ -163,6 +173,19 @@ class InfiniCacheLayer(CacheLayerMixin):
         )
         return starts.map(lambda x: x.flatten(0, 1))
 
+    def state(self) -> tuple[torch.Tensor | None, ...]:
+        """All tensors, in the order of `STATE`, for code that passes state on as a value, as gradient checkpoints do."""
+        empty = (None, None)
+        return (self.keys, self.values, *(self.memory or empty), *(self.pending or empty))
+
+    def set_state(self, state: tuple[torch.Tensor | None, ...], timeline: Timeline) -> None:
+        """Take on what `state` returned, of rows that stand at `timeline`."""
+        self.keys, self.values, matrix, normalizer, pending_matrix, pending_normalizer = state
+        self.memory = None if matrix is None else MemoryState(matrix, normalizer)
+        self.pending = None if matrix is None else MemoryState(pending_matrix, pending_normalizer)
+        self.device = next((x.device for x in state if x is not None), self.device)
+        self.timeline, self.is_initialized = timeline, True
+
     # The rest of the life cycle.
 
     def get_seq_length(self) -> int:
@@ -230,15 +253,12 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.device = torch.device(device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All state in float or model dtype, by name, the open segment without its unused slots."""
+        """All tensors that there are, by the names of `STATE`, the open segment without its unused slots."""
         filled = max(self.timeline.filled) if self.timeline is not None else 0
-        named = {}
-        if self.memory is not None:
-            named |= {"memory.matrix": self.memory.matrix, "memory.normalizer": self.memory.normalizer}
-            named |= {"pending.matrix": self.pending.matrix, "pending.normalizer": self.pending.normalizer}
-        if filled > 0:
-            named |= {"open.keys": self.keys[:, :, :filled], "open.values": self.values[:, :, :filled]}
-        return named
+        named = dict(zip(STATE, self.state()))
+        for name in STATE[:2]:
+            named[name] = named[name][:, :, :filled] if filled > 0 else None
+        return {name: x for name, x in named.items() if x is not None}
 
 
 class InfiniCache(Cache):
@@ -265,6 +285,7 @@ class InfiniCache(Cache):
 
     def __init__(self, config: InfiniLlamaConfig):
         super().__init__(layers=[InfiniCacheLayer() for _ in range(config.num_hidden_layers)])
+        self.num_key_value_heads, self.head_dim = config.num_key_value_heads, config.head_dim
 
     def __iter__(self) -> Iterator[MemoryState | None]:
         """The memory of each layer."""
@@ -299,8 +320,8 @@ class InfiniCache(Cache):
         segment_length, memory_update = first.written_with
         description = {
             "num_layers": len(self.layers),
-            "num_key_value_heads": first.num_heads,
-            "head_dim": first.head_dim,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
             "segment_length": segment_length,
             "memory_update": memory_update,
             "fingerprint": [layer.fingerprint.tolist() for layer in self.layers],
@@ -353,16 +374,11 @@ class InfiniCache(Cache):
         projections = _projections(model)
         for index, layer in enumerate(cache.layers):
             weight = next(projections[index][0].parameters())
-            layer.is_initialized, layer.timeline = True, timeline
-            layer.num_heads, layer.head_dim = description["num_key_value_heads"], description["head_dim"]
             layer.written_with = (description["segment_length"], description["memory_update"])
             layer.fingerprint = torch.tensor(description["fingerprint"][index])
-            if "memory.matrix" in tensors:
-                layer.memory = MemoryState(tensors["memory.matrix"][index], tensors["memory.normalizer"][index])
-                layer.pending = MemoryState(tensors["pending.matrix"][index], tensors["pending.normalizer"][index])
-            if "open.keys" in tensors:
-                layer.keys = tensors["open.keys"][index].to(model.dtype)
-                layer.values = tensors["open.values"][index].to(model.dtype)
+            state = [tensors[name][index] if name in tensors else None for name in STATE]
+            keys_and_values = [x if x is None else x.to(model.dtype) for x in state[:2]]
+            layer.set_state((*keys_and_values, *state[2:]), timeline)
             layer.to(weight.device)
         return cache
 

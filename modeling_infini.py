@@ -139,6 +139,9 @@ class InfiniLlamaDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = InfiniLlamaAttention(config=config, layer_idx=layer_idx)
 
+    # Llama checkpoints layers. We checkpoint blocks, see `InfiniLlamaModel._checkpoint_block`.
+    gradient_checkpointing = property(lambda self: False, lambda self, enable: None)
+
 
 class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
     config: InfiniLlamaConfig
@@ -245,7 +248,8 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 masks_allowed=not is_flash_attention_requested(config),
             )
             timeline = layout.after
-            block = self._forward_block(inputs[:, start:stop], layout, past_key_values, **kwargs)
+            forward = self._checkpoint_block if self.gradient_checkpointing and self.training else self._forward_block
+            block = forward(inputs[:, start:stop], layout, past_key_values, **kwargs)
             kept = min(logits_to_keep - (num_columns - stop), width) if logits_to_keep else width
             if kept > 0:  # even an empty slice would hold on to the hidden states of the whole block
                 kept_states.append(block.last_hidden_state[:, width - kept :])
@@ -277,6 +281,36 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
+
+    def _checkpoint_block(
+        self, inputs: torch.Tensor, layout: Layout, past_key_values: InfiniCache | None, **kwargs
+    ) -> BaseModelOutputWithPast:
+        """`_forward_block`, keeping nothing for the backward pass but its inputs: ids and the state before it.
+
+        So a whole sequence is trained, exactly, with the activations of one block. State goes in and out as values,
+        because the backward pass runs the block a second time and must find it as it was.
+        """
+        layers = [] if past_key_values is None else past_key_values.layers
+        states = [layer.state() for layer in layers]
+        results = {}
+
+        def run(inputs: torch.Tensor, *flat_state: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            cache = None
+            if layers:
+                cache = InfiniCache(self.config)
+                width = len(states[0])
+                for index, layer in enumerate(cache.layers):
+                    layer.set_state(flat_state[index * width : (index + 1) * width], layout.before)
+            block = self._forward_block(inputs, layout, cache, **kwargs)
+            results["hidden_states"], results["attentions"] = block.hidden_states, block.attentions
+            new_states = [] if cache is None else [x for layer in cache.layers for x in layer.state()]
+            return block.last_hidden_state, *new_states
+
+        hidden_states, *new_states = self._gradient_checkpointing_func(run, inputs, *(x for s in states for x in s))
+        for index, layer in enumerate(layers):
+            layer.set_state(new_states[index * len(states[0]) : (index + 1) * len(states[0])], layout.after)
+            layer.written_with = (layout.segment_length, layout.memory_update)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **results)
 
     def _check_cache(self, cache: Cache | None, batch_size: int) -> Timeline:
         """The timeline of the cache, if it is one that this model can go on with."""

@@ -446,22 +446,21 @@ def test_a_loaded_model_is_the_saved_one(max_shard_size, device_map, tmp_path):
         assert_equal(run(loaded, ids, cuts=cuts), run(model, ids, cuts=cuts))
 
 
+@pytest.mark.parametrize("writer, reader", itertools.product(["whole", "offloaded"], repeat=2))
 @torch.no_grad()
-def test_a_memory_moves_between_a_whole_model_and_an_offloaded_one(tmp_path):
-    """The memory file knows a model by its weights, not by where they are: it is read by either model in place of the
-    other, and goes on with the same logits."""
+def test_a_memory_file_knows_a_model_by_its_weights_and_not_by_where_they_are(writer, reader, tmp_path):
+    """A memory saved by a model, whole or partly on the disk, goes on in the same model, whole or partly on the disk."""
     model, ids = tiny_model(), random_ids(1, LONG)
     model.save_pretrained(tmp_path / "model")
     offloaded = InfiniLlamaForCausalLM.from_pretrained(
         tmp_path / "model", device_map=DISK_OFFLOAD, offload_folder=tmp_path / "offload"
     )
-    expected = model(ids).logits[:, 22:]
-    for number, (writer, reader) in enumerate(itertools.product([model, offloaded], repeat=2)):
-        cache = InfiniCache(writer.config)
-        writer(ids[:, :22], past_key_values=cache)
-        cache.save(tmp_path / f"{number}.safetensors")
-        cache = InfiniCache.load(tmp_path / f"{number}.safetensors", reader)
-        assert_close(reader(ids[:, 22:], past_key_values=cache).logits, expected)
+    models = {"whole": model, "offloaded": offloaded}
+    cache = InfiniCache(model.config)
+    models[writer](ids[:, :22], past_key_values=cache)
+    cache.save(tmp_path / "memory.safetensors")
+    cache = InfiniCache.load(tmp_path / "memory.safetensors", models[reader])
+    assert_close(models[reader](ids[:, 22:], past_key_values=cache).logits, model(ids).logits[:, 22:])
 
 
 @torch.no_grad()
@@ -739,15 +738,17 @@ def test_projections_of_any_size_are_finite(rule, projection):
     assert_finite(model, random_ids(2, LONG))
 
 
+@pytest.mark.parametrize("key", [20, -20, -30])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
 @torch.no_grad()
-def test_keys_that_write_nothing_leave_local_attention():
-    """Where sigma(k) is 0 in all that was written, there is nothing to read, and the output is that of local attention."""
-    model, ids = tiny_model(attention_bias=True), random_ids(2, LONG)
+def test_keys_of_any_size_are_read_exactly(rule, key):
+    """What counts are the ratios between keys: float32 agrees with float64 where all of them are tiny or large."""
+    model, ids = tiny_model(memory_update=rule, attention_bias=True), random_ids(2, LONG)
     for layer in model.model.layers:
-        torch.nn.init.constant_(layer.self_attn.k_proj.bias, -1000)
-    with_memory = model(ids).logits
-    model.config.memory_update = "none"
-    assert_equal(with_memory, model(ids).logits)
+        torch.nn.init.constant_(layer.self_attn.k_proj.bias, key)
+    logits = model(ids).logits
+    assert_reads_memory(model, ids)
+    assert_close(logits, model.double()(ids).logits.float())
 
 
 # Trainer and PEFT
