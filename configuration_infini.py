@@ -1,5 +1,6 @@
 """Configuration of InfiniLlama: Llama with Infini-attention (arXiv 2404.07143)."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -59,6 +60,11 @@ class InfiniLlamaConfig(LlamaConfig):
                 f"({self.max_position_embeddings}): positions inside a segment leave the range that the base model "
                 "was trained on. Choose a shorter segment."
             )
+
+    def validate_gate_init(self):
+        """Part of `@strict`-powered validation: a gate that starts at infinity has no gradient, and stays there."""
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"`gate_init` is {self.gate_init}; it must be finite, for example 0.0.")
 
     def validate_layer_type(self):
         """Part of `@strict`-powered validation: Transformers does not know the name of our layers."""
