@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -84,6 +85,9 @@ class InfiniCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            # What was written in inference mode cannot be changed, or used for gradients, outside of it.
+            self._map_tensors(lambda x: x.clone() if x.is_inference() else x)
         self.timeline = layout.after
         self.written_with = (layout.segment_length, layout.memory_update)
         if layout.num_segments > 0:
@@ -109,8 +113,6 @@ class InfiniCacheLayer(CacheLayerMixin):
             buffer = grown
         elif torch.is_grad_enabled() and (buffer.requires_grad or states.requires_grad):
             buffer = buffer.clone()  # the graph of the last call may need the old one
-        elif buffer.is_inference() and not torch.is_inference_mode_enabled():
-            buffer = buffer.clone()  # written in inference mode, which forbids changing it outside
         if layout.row_index is None:
             buffer[:, :, layout.query_offset : layout.query_offset + states.shape[2]] = states
         else:
@@ -274,7 +276,8 @@ class InfiniCache(Cache):
 
     ```python
     >>> cache = InfiniCache(model.config)
-    >>> model(document_ids, past_key_values=cache, logits_to_keep=1)
+    >>> with torch.no_grad():
+    ...     model(document_ids, past_key_values=cache, logits_to_keep=1)
     >>> cache.save("document.safetensors")
     >>> cache = InfiniCache.load("document.safetensors", model)
     >>> model.generate(question_ids, past_key_values=cache)
@@ -309,9 +312,13 @@ class InfiniCache(Cache):
 
         Raises:
             ValueError: there is nothing to save yet.
+            OSError: the file cannot be written.
         """
         if self.get_seq_length() == 0:
             raise ValueError("`save`: this cache is empty. Run the model with `past_key_values=cache` first.")
+        path = os.path.abspath(path)
+        if not os.path.isdir(os.path.dirname(path)):
+            raise FileNotFoundError(f"There is no folder '{os.path.dirname(path)}' to save into. Create it first.")
         first = self.layers[0]
         names = first.tensors()
         tensors = {
@@ -325,14 +332,17 @@ class InfiniCache(Cache):
             "segment_length": segment_length,
             "memory_update": memory_update,
             "fingerprint": [layer.fingerprint.tolist() for layer in self.layers],
-            "timeline": first.timeline._asdict(),
         }
+        # As tensors, because numbers in the header would let the size of the file depend on them.
+        timeline = first.timeline
+        tensors["timeline.rows"] = torch.tensor([timeline.positions, timeline.filled])
+        tensors["timeline.seen"] = torch.tensor([timeline.seen, timeline.has_memory])
         metadata = {"format": self.FORMAT, "description": json.dumps(description)}
         metadata["checksum"] = _checksum(metadata["description"], tensors)
-        path = os.fspath(path)
         temporary = f"{path}.{os.getpid()}.tmp"
         try:
-            save_file(tensors, temporary, metadata)
+            with open(temporary, "wb") as file:
+                file.write(save(tensors, metadata))
             os.replace(temporary, path)
         finally:
             if os.path.exists(temporary):
@@ -359,49 +369,75 @@ class InfiniCache(Cache):
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"'{path}' is truncated or not a safetensors file ({error}). Save the memory again.") from error
+            raise ValueError(
+                f"'{path}' is truncated or not a safetensors file ({error}). Save the memory again."
+            ) from error
         if metadata.get("format") != cls.FORMAT:
             raise ValueError(
                 f"'{path}' is not a memory of this library: its format is {metadata.get('format')!r}, not {cls.FORMAT!r}."
             )
-        if metadata.get("checksum") != _checksum(metadata["description"], tensors):
+        if metadata.get("checksum") != _checksum(metadata.get("description", ""), tensors):
             raise ValueError(f"'{path}' was altered after it was saved: its checksum does not match. Save it again.")
         description = json.loads(metadata["description"])
         _refuse_other_model(path, description, model)
 
         cache = cls(model.config)
-        timeline = Timeline(**{k: tuple(v) if isinstance(v, list) else v for k, v in description["timeline"].items()})
-        projections = _projections(model)
-        for index, layer in enumerate(cache.layers):
-            weight = next(projections[index][0].parameters())
+        positions, filled = (tuple(row) for row in tensors["timeline.rows"].tolist())
+        seen, has_memory = tensors["timeline.seen"].tolist()
+        timeline = Timeline(seen, positions, filled, bool(has_memory))
+        for index, (layer, (k_proj, _)) in enumerate(zip(cache.layers, _projections(model))):
             layer.written_with = (description["segment_length"], description["memory_update"])
             layer.fingerprint = torch.tensor(description["fingerprint"][index])
             state = [tensors[name][index] if name in tensors else None for name in STATE]
             keys_and_values = [x if x is None else x.to(model.dtype) for x in state[:2]]
             layer.set_state((*keys_and_values, *state[2:]), timeline)
-            layer.to(weight.device)
+            layer.to(_execution_device(k_proj))
         return cache
 
 
 def projection_fingerprint(*modules: nn.Module) -> torch.Tensor:
     """A number for each module that changes with its weights, (len(modules),) int64, on the device of the weights.
 
-    It samples the bits of every parameter and buffer, rounded to bfloat16 so that one checkpoint loaded in different
-    precisions keeps its number. The arithmetic is exact, so all devices agree.
+    It samples the bits of every parameter and buffer, rounded to bfloat16, so that a checkpoint loaded in float32 and in
+    bfloat16 keeps its number. (By way of float16 it is rounded twice, and may not.) The arithmetic is exact, so all
+    devices agree.
     """
     numbers = []
     for module in modules:
-        total = None
-        for tensor in [*module.parameters(), *module.buffers()]:
-            flat = tensor.detach().reshape(-1)
-            if flat.device.type == "meta":  # offloaded to disk
-                continue
-            sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).view(torch.int16).long()
-            factors = torch.arange(1, 2 * len(sample), 2, device=sample.device)
-            number = (sample * factors).sum() + flat.numel()
-            total = number if total is None else 1_000_003 * total + number.to(total.device)
-        numbers.append(torch.zeros((), dtype=torch.int64) if total is None else total)
+        total = torch.zeros((), dtype=torch.int64, device=_execution_device(module))
+        with _weights_at_hand(module):
+            for tensor in [*module.parameters(), *module.buffers()]:
+                flat = tensor.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).view(torch.int16).long()
+                factors = torch.arange(1, 2 * len(sample), 2, device=sample.device)
+                number = (sample * factors).sum() + flat.numel()
+                total = 1_000_003 * total + number.to(total.device)
+        numbers.append(total)
     return torch.stack(numbers)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where the module computes, which is not where its weights are if Accelerate offloads them."""
+    if _is_offloaded(module) and hasattr(module, "_hf_hook"):
+        return torch.device(module._hf_hook.execution_device)
+    return next(module.parameters()).device
+
+
+@contextmanager
+def _weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """Inside it, weights that Accelerate has offloaded are loaded."""
+    hooks = [(part, part._hf_hook) for part in module.modules() if _is_offloaded(part) and hasattr(part, "_hf_hook")]
+    for part, hook in hooks:
+        hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part, hook in hooks:
+            hook.post_forward(part, None)
 
 
 def _projections(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

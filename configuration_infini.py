@@ -13,6 +13,12 @@ __all__ = ["InfiniLlamaConfig"]
 logger = logging.get_logger(__name__)
 
 LAYER_TYPE = "infini_attention"
+AUTO_MAP = {
+    "AutoConfig": "configuration_infini.InfiniLlamaConfig",
+    "AutoModel": "modeling_infini.InfiniLlamaModel",
+    "AutoModelForCausalLM": "modeling_infini.InfiniLlamaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_infini.InfiniLlamaForSequenceClassification",
+}
 
 
 @strict
@@ -39,7 +45,7 @@ class InfiniLlamaConfig(LlamaConfig):
     cache remembers what it was written with and refuses to be continued with something else.
 
     Raises:
-        ValueError: a field is out of range (the message names it).
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or is out of range; the message names it.
     """
 
     model_type = "infini_llama"
@@ -53,11 +59,16 @@ class InfiniLlamaConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
+        # All of it, so that every auto class finds its model in a saved folder, whichever model was saved.
+        kwargs.setdefault("auto_map", AUTO_MAP)
         super().__post_init__(**kwargs)
-        if self.segment_length > self.max_position_embeddings:
+        trained_length = self.max_position_embeddings
+        if self.rope_parameters.get("rope_type") == "longrope":
+            # Beyond this length it changes the frequencies of all tokens of a call, however the call was cut.
+            trained_length = self.rope_parameters.get("original_max_position_embeddings", trained_length)
+        if self.segment_length > trained_length:
             logger.warning(
-                f"`segment_length` ({self.segment_length}) exceeds `max_position_embeddings` "
-                f"({self.max_position_embeddings}): positions inside a segment leave the range that the base model "
+                f"`segment_length` ({self.segment_length}) exceeds the {trained_length} positions that the base model "
                 "was trained on. Choose a shorter segment."
             )
 

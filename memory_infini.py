@@ -54,10 +54,11 @@ class MemoryState(NamedTuple):
 def sigma(x: torch.Tensor) -> torch.Tensor:
     """The feature map ELU + 1, in float32 (float64 stays).
 
-    Written as max(x + 1, exp(min(x, 0))), which stays positive where (exp(x) - 1) + 1 would have rounded to 0.
+    Written as max(x + 1, exp(min(x, 0))), which stays positive where (exp(x) - 1) + 1 would have rounded to 0. It ends
+    at exp(-40) = 4e-18: what is divided by is a product of two of them, and float32 ends at 1e-38.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.maximum(x + 1, x.clamp(max=0).exp_())
+    return torch.maximum(x + 1, x.clamp(min=-40, max=0).exp_())
 
 
 def normalized(sigma_x: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
@@ -70,12 +71,12 @@ def normalized(sigma_x: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., N, D).
     """
-    return sigma_x * _inverse(sigma_x @ normalizer.unsqueeze(-1))
+    return _divide(sigma_x, sigma_x @ normalizer.unsqueeze(-1))
 
 
-def _inverse(denominator: torch.Tensor) -> torch.Tensor:
-    """1 / x for x > 0, and 0 with a zero gradient for x = 0."""
-    return torch.where(denominator > 0, denominator, torch.inf).reciprocal()
+def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """Their quotient where the denominator is positive; 0, with a gradient of 0, where it is 0."""
+    return numerator / torch.where(denominator > 0, denominator, torch.inf)
 
 
 def read(sigma_q: torch.Tensor, memory: MemoryState) -> torch.Tensor:
@@ -91,7 +92,7 @@ def read(sigma_q: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         (B, K, N, G, V).
     """
     rows = sigma_q.flatten(2, 3)  # (B, K, NG, D)
-    retrieved = (rows @ memory.matrix) * _inverse(rows @ memory.normalizer.unsqueeze(-1))  # eq 7
+    retrieved = _divide(rows @ memory.matrix, rows @ memory.normalizer.unsqueeze(-1))  # eq 7
     return retrieved.unflatten(2, sigma_q.shape[2:4])
 
 
@@ -213,6 +214,8 @@ def scan(
     else:
         maps_A = sigma_k.transpose(-2, -1) @ reading_keys  # (B, S, K, D, D)
         starts_M, last_M, open_M = run(
-            memory.matrix, pending.matrix, lambda s, M: sums_C[:, s] - maps_A[:, s] @ M  # eq 9
+            memory.matrix,
+            pending.matrix,
+            lambda s, M: sums_C[:, s] - maps_A[:, s] @ M,  # eq 9
         )
     return MemoryState(starts_M, starts_z), MemoryState(last_M, last_z), MemoryState(open_M, open_z)

@@ -5,6 +5,7 @@ segments, which bounds the memory that a long input needs.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -43,6 +44,8 @@ __all__ = [
     "InfiniLlamaPreTrainedModel",
 ]
 
+logger = logging.get_logger(__name__)
+
 # What other code passes along to describe packed documents to a flash attention kernel. We read `position_ids` instead,
 # and the kernel sees segments, which these do not describe.
 PACKING_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -54,6 +57,10 @@ class InfiniMemoryGate(nn.Module):
     def __init__(self, num_heads: int):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self) -> torch.Tensor:
+        """(heads,). Called as a module, so that hooks which load offloaded weights run."""
+        return self.bias
 
 
 class InfiniLlamaAttention(LlamaAttention):
@@ -130,7 +137,7 @@ class InfiniLlamaAttention(LlamaAttention):
             return x.unflatten(2, groups).transpose(1, 2)  # (rows, K, slots, G, head_dim)
 
         retrieved = read(by_kv_head(sigma(query_states)), memory)
-        mixed = mix(self.memory_gate.bias.unflatten(0, groups), by_kv_head(attn_output), retrieved, memory)
+        mixed = mix(self.memory_gate().unflatten(0, groups), by_kv_head(attn_output), retrieved, memory)
         return mixed.transpose(1, 2).flatten(2, 3).to(attn_output.dtype)
 
 
@@ -218,7 +225,9 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, num_columns = inputs.shape[:2]
         if num_columns == 0:
-            raise ValueError(f"The input has no tokens: its shape is {tuple(inputs.shape)}. Give at least one per row.")
+            raise ValueError(
+                f"The input has no tokens: its shape is {tuple(inputs.shape)}. Give at least one per row."
+            )
         config = self.config
         timeline = self._check_cache(past_key_values, batch_size)
         valid, positions = self._check_mask_and_positions(attention_mask, position_ids, batch_size, num_columns)
@@ -306,7 +315,13 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
             new_states = [] if cache is None else [x for layer in cache.layers for x in layer.state()]
             return block.last_hidden_state, *new_states
 
-        hidden_states, *new_states = self._gradient_checkpointing_func(run, inputs, *(x for s in states for x in s))
+        checkpoint = self._gradient_checkpointing_func
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            logger.warning_once(
+                "`use_reentrant=True` has no effect: ids, which a block starts from, have no gradient."
+            )
+            checkpoint = partial(checkpoint, use_reentrant=False)
+        hidden_states, *new_states = checkpoint(run, inputs, *(x for state in states for x in state))
         for index, layer in enumerate(layers):
             layer.set_state(new_states[index * len(states[0]) : (index + 1) * len(states[0])], layout.after)
             layer.written_with = (layout.segment_length, layout.memory_update)
@@ -395,7 +410,9 @@ def local_attention_mask(config: InfiniLlamaConfig, layout: Layout, hidden_state
 
         # Flash attention knows padding only; it gets here with one query per row, all of whose keys come before it.
         padding_mask = (
-            torch.arange(layout.key_width, device=slots.device) <= slots if is_flash_attention_requested(config) else None
+            torch.arange(layout.key_width, device=slots.device) <= slots
+            if is_flash_attention_requested(config)
+            else None
         )
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=rows,
@@ -487,7 +504,11 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
         that is asked about is nearly always longer than the question, so we say so where the caller did not.
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if cache is not None and mask is not None and inputs_tensor.shape[1] == mask.shape[1] <= cache.get_seq_length():
+        if (
+            cache is not None
+            and mask is not None
+            and inputs_tensor.shape[1] == mask.shape[1] <= cache.get_seq_length()
+        ):
             seen = mask.new_ones(mask.shape[0], cache.get_seq_length())
             model_kwargs["attention_mask"] = torch.cat([seen, mask], dim=1)
 
@@ -501,15 +522,44 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
                 f"`cache_implementation={implementation!r}` cannot hold a compressive memory. Leave it out: the cache of "
                 "this model has a fixed size as it is."
             )
+        generation_config.cache_implementation = None
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = InfiniCache(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+    ) -> CausalLMOutputWithPast:
+        """Move padding on the right to the left, so that the last column holds the last token of each row.
+
+        `generate` goes on from the last column. Padding has no position, so where it is changes nothing else.
+        """
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        if mask is not None and model_kwargs.get("inputs_embeds") is None and not bool(mask[:, -1].all()):
+            new = input_ids.shape[1]
+            if cache is not None and mask.shape[1] == new:
+                new -= cache.get_seq_length()  # the ids begin with those that the cache has seen
+            order = mask[:, -new:].argsort(dim=1, stable=True)
+            input_ids = torch.cat([input_ids[:, :-new], input_ids[:, -new:].gather(1, order)], dim=1)
+            mask = torch.cat([mask[:, :-new], mask[:, -new:].gather(1, order)], dim=1)
+            model_kwargs = model_kwargs | {"attention_mask": mask}
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "Continuous batching pages keys and values, and cannot hold a compressive memory. Use `generate` with a batch."
+        )
+
+    def generate_batch(self, *args, **kwargs):
+        return self.init_continuous_batching()
 
 
 class InfiniLlamaForSequenceClassification(GenericForSequenceClassification, InfiniLlamaPreTrainedModel): ...
 
 
-AutoConfig.register(InfiniLlamaConfig.model_type, InfiniLlamaConfig, exist_ok=True)
+if not __name__.startswith("transformers_modules."):
+    # Code that came with a model repo serves that repo alone: the next one may come with another version.
+    AutoConfig.register(InfiniLlamaConfig.model_type, InfiniLlamaConfig, exist_ok=True)
 for auto_class, model_class in (
     (AutoModel, InfiniLlamaModel),
     (AutoModelForCausalLM, InfiniLlamaForCausalLM),

@@ -48,7 +48,9 @@ def load_pair(name: str, dtype: torch.dtype, device: str, segment_length: int | 
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
     if segment_length is not None:
         fields["segment_length"] = segment_length
-    ours = InfiniLlamaForCausalLM.from_pretrained(name, config=InfiniLlamaConfig(**fields), dtype=dtype).to(device).eval()
+    ours = (
+        InfiniLlamaForCausalLM.from_pretrained(name, config=InfiniLlamaConfig(**fields), dtype=dtype).to(device).eval()
+    )
     own = {"segment_length", "memory_update", "gate_init", "block_segments", "layer_types"}
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in fields.items() if k not in own}))
@@ -89,7 +91,9 @@ def spread(values: list[float]) -> dict[str, float]:
 def bench_prefill(ours, base, segments: list[int], rules: list[str], repeats: int, device: str) -> list[dict]:
     length = ours.config.segment_length
     rows = []
-    say(f"{'segments':>8} {'rule':>7} {'floor s':>9} {'ours s':>9} {'ours/floor':>11}  pairs min..max  {'tokens/s':>9}")
+    say(
+        f"{'segments':>8} {'rule':>7} {'floor s':>9} {'ours s':>9} {'ours/floor':>11}  pairs min..max  {'tokens/s':>9}"
+    )
     for count in segments:
         ids = torch.randint(ours.config.vocab_size, (1, count * length), device=device)
         calls = {"floor": lambda: base(ids.view(count, length), use_cache=False, logits_to_keep=1)}
@@ -155,14 +159,20 @@ def bench_decode(ours, base, contexts: list[int], tokens: int, device: str) -> d
         "s_per_token": {str(name): spread(values) for name, values in steps.items()},
         "long_over_short": statistics.median(steps[last]) / statistics.median(steps[first]),
         "ours_over_base": statistics.median(everything) / statistics.median(steps["base"]),
-        "completing_over_median": statistics.median(completing) / statistics.median(everything) if completing else None,
+        "completing_over_median": statistics.median(completing) / statistics.median(everything)
+        if completing
+        else None,
         "completing_tokens": len(completing),
     }
     for name, values in steps.items():
-        say(f"{'base, one segment' if name == 'base' else f'after {name} tokens':>24}: {spread(values)['median'] * 1e3:.2f} ms")
+        say(
+            f"{'base, one segment' if name == 'base' else f'after {name} tokens':>24}: {spread(values)['median'] * 1e3:.2f} ms"
+        )
     say(f"long over short context: {result['long_over_short']:.3f}; ours over base: {result['ours_over_base']:.3f}")
     if completing:
-        say(f"the {len(completing)} tokens that complete a segment: {result['completing_over_median']:.3f} of the median")
+        say(
+            f"the {len(completing)} tokens that complete a segment: {result['completing_over_median']:.3f} of the median"
+        )
     return result
 
 
@@ -182,7 +192,9 @@ def bench_memory(lengths: list[int]) -> dict:
         )
     first, last = (peaks[str(length)] for length in (lengths[0], lengths[-1]))
     ratio = (last["peak_mb"] - last["ids_mb"]) / (first["peak_mb"] - first["ids_mb"])
-    growth = (last["peak_mb"] - last["ids_mb"] - last["start_mb"]) / (first["peak_mb"] - first["ids_mb"] - first["start_mb"])
+    growth = (last["peak_mb"] - last["ids_mb"] - last["start_mb"]) / (
+        first["peak_mb"] - first["ids_mb"] - first["start_mb"]
+    )
     say(f"longest over shortest: {ratio:.3f} of the process, {growth:.3f} of what the prompt added to it")
     return {"lengths": peaks, "long_over_short": ratio, "long_over_short_added": growth}
 
@@ -229,7 +241,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="decode: tokens to time after each context")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_000, 1_000_000], help="memory: prompt lengths")
     parser.add_argument("--segment-length", type=int, help="override the model's")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights"
+    )
     parser.add_argument("--device", default="cpu", help="where to run")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")

@@ -13,6 +13,9 @@ _modules_cache = tempfile.TemporaryDirectory(prefix="infini_llama_hf_modules_")
 os.environ["HF_MODULES_CACHE"] = _modules_cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny tensors: a second thread costs more than it brings, by an order of magnitude on a busy machine.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 class _TorchRandom:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tiny import base_llama, random_ids, tiny_config, tiny_model
 from torch.overrides import TorchFunctionMode
@@ -392,8 +392,7 @@ def test_the_file_does_not_grow_with_the_text(rule: str, tmp_path: Path) -> None
     """Forty segments take the file of four."""
     model = tiny_model(memory_update=rule)
     few, many = (saved(model, tmp_path / f"{n}", 5 * n + 2).stat().st_size for n in (4, 40))
-    # The positions in the header have one digit more, and safetensors pads headers to eight bytes.
-    assert abs(many - few) <= 8
+    assert many == few
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["full", "interrupted"])
@@ -406,11 +405,11 @@ def test_a_failed_save_leaves_the_disk_as_it_was(
     if old is not None:
         path.write_bytes(old)
 
-    def fail(tensors, filename, metadata=None):
-        Path(filename).write_bytes(b"half of it")
+    def fail(source, target):
+        assert Path(source).stat().st_size > 1000, "the new file is there, under another name"
         raise error
 
-    monkeypatch.setattr(cache_infini, "save_file", fail)
+    monkeypatch.setattr(cache_infini.os, "replace", fail)
     with pytest.raises(type(error)):
         saved(tiny_model(), path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({path.name: old} if old is not None else {})
@@ -508,10 +507,9 @@ def test_a_memory_serves_a_model_whose_other_weights_changed(names: list[str], t
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("load_dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_memory_loads_into_the_same_checkpoint_in_another_precision(load_dtype: torch.dtype, tmp_path: Path) -> None:
-    """What a float32 model wrote, the same checkpoint loaded in half precision goes on with."""
-    model, ids = tiny_model(), random_ids(1, 21)
+def test_a_memory_loads_into_the_same_checkpoint_in_bfloat16(tmp_path: Path) -> None:
+    """What a float32 model wrote, the same checkpoint loaded in bfloat16 goes on with."""
+    model, ids, load_dtype = tiny_model(), random_ids(1, 21), torch.bfloat16
     cache, path = read(model, ids[:, :12]), tmp_path / "memory.safetensors"
     cache.save(path)
     half = copy.deepcopy(model).to(load_dtype)
@@ -592,14 +590,11 @@ def test_a_moved_timeline_is_refused(tmp_path: Path) -> None:
     """Where the text stood is covered by the checksum: a memory cannot be passed off as that of a longer text."""
     model = tiny_model()
     path = saved(model, tmp_path / "memory.safetensors")
-    header, data = header_of(path)
-    metadata = header["__metadata__"]
-    description = json.loads(metadata["description"])
-    write_header(path, header, data)
-    assert InfiniCache.load(path, model).get_seq_length() == 12, "the file must be sound before it is altered"
-    description["timeline"]["seen"] += 5
-    metadata["description"] = json.dumps(description)
-    write_header(path, header, data)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    assert tensors["timeline.seen"][0] == 12
+    tensors["timeline.seen"][0] += 5
+    save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match="was altered"):
         InfiniCache.load(path, model)
 

@@ -81,7 +81,8 @@ def oracle(model: InfiniLlamaForCausalLM, ids: torch.Tensor, parameters=None, po
 def memory_of(cache: InfiniCache, row: int) -> MemoryState:
     """(layers, K, D, D) and (layers, K, D)."""
     return MemoryState(
-        torch.stack([memory.matrix[row] for memory in cache]), torch.stack([memory.normalizer[row] for memory in cache])
+        torch.stack([memory.matrix[row] for memory in cache]),
+        torch.stack([memory.normalizer[row] for memory in cache]),
     )
 
 
@@ -187,7 +188,11 @@ def test_documents_that_restart_never_leak(model, data: st.DataObject) -> None:
     """Packing: positions that restart begin a new document; positions that jump skip tokens; both in any split."""
     positions = []
     for start, steps in data.draw(
-        st.lists(st.tuples(st.integers(0, 9), st.lists(st.sampled_from([1, 1, 1, 1, 4]), max_size=10)), min_size=1, max_size=4)
+        st.lists(
+            st.tuples(st.integers(0, 9), st.lists(st.sampled_from([1, 1, 1, 1, 4]), max_size=10)),
+            min_size=1,
+            max_size=4,
+        )
     ):
         # A document begins at 0; only the first may begin in the middle, as the rest of a longer one.
         document = [start if not positions else 0]

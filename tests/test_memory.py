@@ -59,8 +59,11 @@ def test_reading_an_empty_memory_gives_zero_and_finite_gradients() -> None:
     sigma_q = torch.rand(1, 1, 4, 1, 3).double().requires_grad_()
     retrieved = read(sigma_q, memory)
     assert (retrieved == 0).all()
-    gradients = torch.autograd.grad(retrieved.sum() + normalized(sigma_q[:, :, :, 0], memory.normalizer).sum(),
-                                    [sigma_q, *memory], allow_unused=True)
+    gradients = torch.autograd.grad(
+        retrieved.sum() + normalized(sigma_q[:, :, :, 0], memory.normalizer).sum(),
+        [sigma_q, *memory],
+        allow_unused=True,
+    )
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 
 
@@ -68,7 +71,11 @@ def test_reading_an_empty_memory_gives_zero_and_finite_gradients() -> None:
 def test_linear_write_is_equation_8(shape: tuple) -> None:
     """M += sigma(k)^T v and z += sigma(k), token by token."""
     B, K, N, D, V = shape
-    memory, sigma_k, values = random_memory(B, K, D, V), torch.rand(B, K, N, D).double(), torch.randn(B, K, N, V).double()
+    memory, sigma_k, values = (
+        random_memory(B, K, D, V),
+        torch.rand(B, K, N, D).double(),
+        torch.randn(B, K, N, V).double(),
+    )
     matrix, normalizer = torch.zeros_like(memory.matrix), torch.zeros_like(memory.normalizer)
     for n in range(N):
         matrix += torch.einsum("bkd,bkv->bkdv", sigma_k[:, :, n], values[:, :, n])
@@ -128,7 +135,11 @@ def test_scan_equals_one_write_after_the_other(rule: str, shape: tuple, num_segm
 @pytest.mark.parametrize("rule", RULES)
 def test_both_rules_add_up_inside_a_segment(rule: str) -> None:
     """A segment may be written in any pieces: what its tokens add depends on the memory before it alone."""
-    memory, sigma_k, values = random_memory(2, 3, 4, 5), torch.rand(2, 3, 8, 4).double(), torch.randn(2, 3, 8, 5).double()
+    memory, sigma_k, values = (
+        random_memory(2, 3, 4, 5),
+        torch.rand(2, 3, 8, 4).double(),
+        torch.randn(2, 3, 8, 5).double(),
+    )
     whole = write(rule, sigma_k, values, memory)
     pieces = [write(rule, k, v, memory) for k, v in zip(sigma_k.split(3, 2), values.split(3, 2))]
     torch.testing.assert_close(pieces[0].add(pieces[1]).add(pieces[2]), whole, **EXACT)

@@ -110,8 +110,9 @@ assert "infini_llama" not in sys.modules
 
 
 def test_a_saved_model_runs_without_the_package_and_so_does_its_copy(saved):
-    """Where `infini_llama` cannot be imported, offline and with empty caches: logits over several segments, text across
-    a boundary, and memory files are those of the package; what is saved there does the same when the first is gone."""
+    """Where `infini_llama` cannot be imported, offline and with empty caches: logits over several segments, text
+    across a boundary, and memory files are those of the package; what is saved there does the same without the first.
+    """
     run_in_fresh_process(USE_A_MODEL_REPO, saved / "first", saved / "model", saved, saved / "copy")
     shutil.rmtree(saved / "model")
     run_in_fresh_process(USE_A_MODEL_REPO, saved / "second", saved / "copy", saved, saved / "copy of the copy")
@@ -168,7 +169,7 @@ assert type(AutoModelForCausalLM.from_pretrained(root / "model")) in classes
 
 @pytest.mark.parametrize("order", [("package", "remote"), ("remote", "package")], ids="{0[0]} first".format)
 def test_package_and_remote_code_live_in_one_process(saved, order):
-    """Whichever comes first, each builds and runs models of its own classes, and the auto classes still know the model."""
+    """Whichever comes first, each builds and runs models of its own classes, and the auto classes know both."""
     run_in_fresh_process(BOTH_IN_ONE_PROCESS, saved / "home", saved, *order)
 
 

@@ -42,7 +42,15 @@ def tiny_model(**overrides) -> InfiniLlamaForCausalLM:
 
 def base_llama(model: InfiniLlamaForCausalLM) -> LlamaForCausalLM:
     """The Llama with the same weights."""
-    own = {"model_type", "architectures", "segment_length", "memory_update", "gate_init", "block_segments", "layer_types"}
+    own = {
+        "model_type",
+        "architectures",
+        "segment_length",
+        "memory_update",
+        "gate_init",
+        "block_segments",
+        "layer_types",
+    }
     config = LlamaConfig(**{k: v for k, v in model.config.to_dict().items() if k not in own})
     config._attn_implementation = model.config._attn_implementation
     base = LlamaForCausalLM(config).to(model.dtype).eval()
