@@ -92,7 +92,9 @@ def read(sigma_q: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         (B, K, N, G, V).
     """
     rows = sigma_q.flatten(2, 3)  # (B, K, NG, D)
-    retrieved = _divide(rows @ memory.matrix, rows @ memory.normalizer.unsqueeze(-1))  # eq 7
+    # One product for both: z as one more column of M.
+    product = rows @ torch.cat([memory.matrix, memory.normalizer.unsqueeze(-1)], dim=-1)
+    retrieved = _divide(product[..., :-1], product[..., -1:])  # eq 7
     return retrieved.unflatten(2, sigma_q.shape[2:4])
 
 

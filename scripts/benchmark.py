@@ -73,11 +73,12 @@ def theory(config: InfiniLlamaConfig) -> dict[str, float]:
     return {"floor": floor, "memory": memory, "ratio": 1 + memory / floor}
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
+def seconds(device: str, function: Callable, *args, **kwargs) -> float:
+    """How long a call takes, work queued on a GPU included."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    function()
+    function(*args, **kwargs)
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -96,20 +97,16 @@ def bench_prefill(ours, base, segments: list[int], rules: list[str], repeats: in
     )
     for count in segments:
         ids = torch.randint(ours.config.vocab_size, (1, count * length), device=device)
-        calls = {"floor": lambda: base(ids.view(count, length), use_cache=False, logits_to_keep=1)}
-        for rule in rules:
-
-            def call(rule: str = rule) -> None:
-                ours.config.memory_update = rule
-                ours(ids, logits_to_keep=1)
-
-            calls[rule] = call
-        times: dict[str, list[float]] = {name: [] for name in calls}
+        times: dict[str, list[float]] = {name: [] for name in ("floor", *rules)}
         for repeat in tqdm(range(repeats + 1), desc=f"{count} segments", leave=False, disable=None):
-            for name, function in calls.items():
-                elapsed = seconds(function, device)
+            for name, measured in times.items():
+                if name == "floor":
+                    elapsed = seconds(device, base, ids.view(count, length), use_cache=False, logits_to_keep=1)
+                else:
+                    ours.config.memory_update = name
+                    elapsed = seconds(device, ours, ids, logits_to_keep=1)
                 if repeat > 0:  # the first is warm-up
-                    times[name].append(elapsed)
+                    measured.append(elapsed)
         for rule in rules:
             pairs = [a / b for a, b in zip(times[rule], times["floor"])]
             floor, mine = spread(times["floor"]), spread(times[rule])
@@ -143,13 +140,13 @@ def bench_decode(ours, base, contexts: list[int], tokens: int, device: str) -> d
         token = torch.randint(vocab, (1, 1), device=device)
         for context, cache in caches.items():
             is_last = (context + step) % length == length - 1
-            elapsed = seconds(lambda: ours(token, past_key_values=cache, logits_to_keep=1), device)
+            elapsed = seconds(device, ours, token, past_key_values=cache, logits_to_keep=1)
             steps[context].append(elapsed)
             if is_last:
                 completing.append(elapsed)
         if base_cache is None or (contexts[0] + step) % length == 0:
             base_cache = base(token, use_cache=True).past_key_values  # the base sees one segment only
-        elapsed = seconds(lambda: base(token, past_key_values=base_cache, logits_to_keep=1), device)
+        elapsed = seconds(device, base, token, past_key_values=base_cache, logits_to_keep=1)
         steps["base"].append(elapsed)
     first, last = contexts[0], contexts[-1]
     everything = [x for context in contexts for x in steps[context]]
@@ -221,7 +218,7 @@ def memory_child(length: int) -> dict:
     model.generate(torch.randint(1, 1024, (1, 8)), max_new_tokens=4, do_sample=False)  # what loads once
     before = peak_mb()
     ids = torch.randint(1, 1024, (1, length))
-    elapsed = seconds(lambda: model.generate(ids, max_new_tokens=8, do_sample=False), "cpu")
+    elapsed = seconds("cpu", model.generate, ids, max_new_tokens=8, do_sample=False)
     return {
         "peak_mb": peak_mb(),
         "start_mb": before,

@@ -177,7 +177,7 @@ def decode(stream: BinaryIO, name: str) -> Iterator[str]:
         try:
             text = utf8.decode(block, final=at_end)
         except UnicodeDecodeError as error:
-            byte = position + error.start
+            byte = position - held_back + error.start
             problem = f"byte {byte} of text {name} is not UTF-8 ({error.reason})"
             raise InputError(f"{problem}: convert it, with iconv for example") from error
         if position == 0:

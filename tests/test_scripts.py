@@ -137,11 +137,13 @@ def test_a_file_a_folder_and_stdin_are_read_the_same(run, tmp_path, monkeypatch)
     """A folder is its .txt and .md files in the order of their names, joined by newlines."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
-    for name, text in {"2.md": "Second.", "1.txt": "First.", "0.csv": "not read", "3.TXT": "Third."}.items():
-        (shelf / name).write_text(text)
+    parts = [f"Part {i}." for i in range(8)]
+    for i in (3, 1, 0, 7, 5, 2, 6, 4):
+        (shelf / f"{i}{('.txt', '.md', '.TXT')[i % 3]}").write_text(parts[i])
+    (shelf / "0.csv").write_text("not read")
     file = tmp_path / "all.text"
-    file.write_text("First.\nSecond.\nThird.")
-    set_stdin(monkeypatch, b"First.\r\nSecond.\r\nThird.")
+    file.write_text("\n".join(parts))
+    set_stdin(monkeypatch, "\r\n".join(parts).encode())
     results = [run("--text", where, "--prompt", "Who?") for where in (file, shelf, "-")]
     assert answers(results[0]) == answers(results[1]) == answers(results[2])
     assert len({result.report["tokens_read"] for result in results}) == 1
@@ -366,14 +368,21 @@ def test_a_memory_of_another_model_is_refused_by_what_differs(refuses, run, book
     refuses("--load-memory", tmp_path / "no.safetensors", "--prompt", "Who?", names=["no.safetensors"])
 
 
-def test_options_that_the_model_cannot_fulfil_are_refused(refuses, folder, tokenizer, book, tmp_path):
+def test_an_unknown_device_is_refused(refuses, book):
     refuses("--text", book, "--prompt", "Who?", "--device", "nowhere", names=["nowhere"])
+
+
+def test_a_chat_without_a_template_is_refused(refuses, run, folder, book, tmp_path):
+    """Where it is asked for; otherwise text and prompt go in as they are."""
     without_template = tmp_path / "model"
     without_template.mkdir()
     for file in folder.iterdir():
         if file.name != "chat_template.jinja":
             (without_template / file.name).symlink_to(file)
-    refuses("--text", book, "--prompt", "Who?", "--chat", model=without_template, names=["no chat template"])
+    ask = ["--text", book, "--prompt", "Who?"]
+    refuses(*ask, "--chat", model=without_template, names=["no chat template"])
+    plain = run(*ask, model=without_template)
+    assert not plain.report["chat"] and answers(plain) == answers(run(*ask, "--no-chat"))
 
 
 @pytest.mark.parametrize(
