@@ -296,7 +296,7 @@ def read_text(
             if piece is not None:
                 waiting += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
                 bytes_seen += len(piece.encode())
-            if num_bytes is not None:
+            if num_bytes and bytes_seen:
                 share_seen = 1 if piece is None else min(bytes_seen / num_bytes, 1)
                 progress.total = round((tokens + len(waiting)) / share_seen)
             while len(waiting) >= next_width or (piece is None and waiting):
