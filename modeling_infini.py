@@ -238,7 +238,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
             for decoder_layer, cache_layer in zip(self.layers, returned_cache.layers, strict=True):
                 attention = decoder_layer.self_attn
                 cache_layer.fingerprint = projection_fingerprint(attention.k_proj, attention.v_proj)
-        widths = block_widths(timeline, num_columns, config.segment_length, config.block_segments)
+        widths = block_widths(timeline, num_columns, config.segment_length, config.block_length)
         if past_key_values is None and len(widths) > 1:
             past_key_values = InfiniCache(config)
         for name in PACKING_KWARGS:

@@ -130,20 +130,18 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.
     return x.flatten(0, 1).index_select(0, index).unflatten(0, (num_rows, -1))
 
 
-def block_widths(timeline: Timeline, num_columns: int, segment_length: int, block_segments: int) -> list[int]:
+def block_widths(timeline: Timeline, num_columns: int, segment_length: int, block_length: int) -> list[int]:
     """Cut a call into blocks, so that aligned rows see whole segments, or a part of one.
 
     Returns:
-        The columns of each block; each is at most `block_segments` segments wide.
+        The columns of each block; each is at most `block_length` wide, a multiple of `segment_length`.
     """
     if not timeline.is_aligned(segment_length):
-        block = segment_length * block_segments
-        return [min(block, num_columns - start) for start in range(0, num_columns, block)]
+        return [min(block_length, num_columns - start) for start in range(0, num_columns, block_length)]
     head = min(-timeline.filled[0] % segment_length, num_columns)
-    whole, tail = divmod(num_columns - head, segment_length)
-    full, rest = divmod(whole, block_segments)
-    widths = [head, *[block_segments * segment_length] * full, rest * segment_length, tail]
-    return [width for width in widths if width]
+    tail = (num_columns - head) % segment_length
+    blocks, rest = divmod(num_columns - head - tail, block_length)
+    return [width for width in (head, *[block_length] * blocks, rest, tail) if width]
 
 
 def plan(

@@ -42,12 +42,11 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load_pair(name: str, dtype: torch.dtype, device: str, segment_length: int | None):
-    """Our model and the base Llama, on the same tensors."""
+def load_pair(name: str, dtype: torch.dtype, device: str, **settings: int | None):
+    """Our model, with these settings in its config where they are not None, and the base Llama, on the same tensors."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    if segment_length is not None:
-        fields["segment_length"] = segment_length
+    fields |= {name: value for name, value in settings.items() if value is not None}
     ours = (
         InfiniLlamaForCausalLM.from_pretrained(name, config=InfiniLlamaConfig(**fields), dtype=dtype).to(device).eval()
     )
@@ -128,7 +127,7 @@ def bench_decode(ours, base, contexts: list[int], tokens: int, device: str) -> d
     caches = {}
     for context in contexts:
         cache = InfiniCache(ours.config)
-        chunk = length * ours.config.block_segments
+        chunk = ours.config.block_length
         for start in tqdm(range(0, context, chunk), desc=f"reading {context}", leave=False, disable=None):
             ids = torch.randint(vocab, (1, min(chunk, context - start)), device=device)
             ours(ids, past_key_values=cache, logits_to_keep=1)
@@ -263,9 +262,16 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": args.dtype,
     }
     if set(args.tasks) & {"prefill", "decode"}:
-        ours, base = load_pair(args.model, getattr(torch, args.dtype), args.device, args.segment_length)
+        ours, base = load_pair(
+            args.model,
+            getattr(torch, args.dtype),
+            args.device,
+            segment_length=args.segment_length,
+            block_segments=args.block_segments,
+        )
         cost = theory(ours.config)
-        result |= {"segment_length": ours.config.segment_length, "theory": cost}
+        result |= {"segment_length": ours.config.segment_length, "block_length": ours.config.block_length}
+        result["theory"] = cost
         say(
             f"per token and layer: floor {cost['floor'] / 1e6:.2f} M multiply-adds, memory {cost['memory'] / 1e6:.3f} M; "
             f"expected ratio {cost['ratio']:.3f} if both ran at the same speed"

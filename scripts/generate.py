@@ -285,7 +285,7 @@ def read_text(
         chat: whether the text opens a turn of the user, should the cache be empty.
         num_bytes: length of the text as UTF-8, if known; lets the bar estimate the time left.
     """
-    width = model.config.segment_length * model.config.block_segments
+    width = model.config.block_length
     waiting = opening_ids(tokenizer, chat) if cache.get_seq_length() == 0 else []
     # The first block fills up the segment that is open, so that all others are whole segments, which is fastest.
     next_width = width - cache.get_seq_length() % model.config.segment_length

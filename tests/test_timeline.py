@@ -25,7 +25,7 @@ def after(lengths: list[int]) -> Timeline:
 @given(st.lists(st.integers(0, 23), min_size=1, max_size=3).filter(any), st.integers(1, 60), st.integers(1, 4))
 def test_blocks_cover_the_call_and_none_is_wider_than_allowed(lengths, num_columns, block_segments) -> None:
     """Blocks are a partition of the columns, each at most `block_segments` segments wide."""
-    widths = block_widths(after(lengths), num_columns, N, block_segments)
+    widths = block_widths(after(lengths), num_columns, N, block_segments * N)
     assert sum(widths) == num_columns and all(0 < width <= block_segments * N for width in widths)
 
 
@@ -33,7 +33,7 @@ def test_blocks_cover_the_call_and_none_is_wider_than_allowed(lengths, num_colum
 def test_aligned_rows_see_whole_segments_or_part_of_one(length, num_columns, block_segments) -> None:
     """Rows of the same length never need a gather, wherever a call begins and ends."""
     timeline = after([length, length]) if length else Timeline.start(2)
-    for width in block_widths(timeline, num_columns, N, block_segments):
+    for width in block_widths(timeline, num_columns, N, block_segments * N):
         layout = plan_tokens(timeline, width)
         assert layout.token_index is None and layout.row_index is None
         assert layout.num_segments == (width // N if width % N == 0 and timeline.filled[0] == 0 else 0)
