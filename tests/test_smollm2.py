@@ -2,8 +2,8 @@
 
 The tolerance is the project's promise, 1e-4 on logits that reach 30, or what splitting a text does to the base model
 itself if that is more: both are float32 rounding, in matrix products of different shapes, through 30 layers. On one
-machine the base model differed by 1.1e-4, ours by 7e-5. (On random tokens the untrained memory amplifies such rounding up
-to 3e-2, with gates half open.)
+machine the base model differed by 1.1e-4 and ours, as converted, by 7e-5. (With its gates half open, the untrained memory
+amplifies the rounding of single tokens: 2e-4 on this text, 3e-2 on random tokens.)
 """
 
 import importlib.util
@@ -86,12 +86,10 @@ def test_up_to_a_segment_it_is_smollm2_to_the_last_bit(model, base, ids, length:
 @torch.no_grad()
 def test_any_split_any_block_and_any_batch_over_sixteen_segments(model, ids, tolerance, rule: str) -> None:
     """Any split, any block, any batch: within 1e-4 of one forward, with a memory that changes the result."""
-    for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.memory_gate.bias)  # half open
     model.config.memory_update = rule
     expected = model(ids).logits
     model.config.memory_update = "none"
-    assert (model(ids).logits - expected)[:, N:].abs().max() > 1
+    assert (model(ids).logits - expected)[:, N:].abs().max() > 1000 * tolerance
     model.config.memory_update = rule
 
     cache, parts = InfiniCache(model.config), []
