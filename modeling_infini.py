@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
 from .configuration_infini import InfiniLlamaConfig
-from .memory_infini import mix, read, sigma
+from .memory_infini import MemoryState, mix, read, sigma
 from .timeline_infini import Layout, Timeline, block_widths, plan
 
 __all__ = [
@@ -129,7 +129,7 @@ class InfiniLlamaAttention(LlamaAttention):
             attn_weights = layout.to_tokens(attn_weights.transpose(1, 2), batch_size).transpose(1, 2)
         return attn_output, attn_weights
 
-    def _add_memory(self, attn_output: torch.Tensor, query_states: torch.Tensor, memory) -> torch.Tensor:
+    def _add_memory(self, attn_output: torch.Tensor, query_states: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Equations 7 and 10 on (rows, slots, heads, head_dim); query head h reads the memory of KV head h // G."""
         groups = (-1, self.num_key_value_groups)
 

@@ -237,6 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="decode: tokens to time after each context")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_000, 1_000_000], help="memory: prompt lengths")
     parser.add_argument("--segment-length", type=int, help="override the model's")
+    parser.add_argument("--block-segments", type=int, help="override the model's")
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights"
     )

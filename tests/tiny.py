@@ -50,6 +50,7 @@ def base_llama(model: InfiniLlamaForCausalLM) -> LlamaForCausalLM:
         "gate_init",
         "block_segments",
         "layer_types",
+        "auto_map",
     }
     config = LlamaConfig(**{k: v for k, v in model.config.to_dict().items() if k not in own})
     config._attn_implementation = model.config._attn_implementation
