@@ -1,7 +1,7 @@
 """Where every token goes: its segment, its slot in the segment, its rotary position.
 
 Each row of a batch has a timeline of its own, which padding does not advance. A `Timeline` says where the rows of a cache
-stand. A `Layout` says where the tokens of the next forward call go; it is made once per call and read by every layer.
+stand. A `Layout` says where the tokens of the next block go; it is made once per block and read by every layer.
 Everything here is integers on the CPU; what the layers need as tensors is moved to their device once.
 
 There are two kinds of layout:
@@ -10,7 +10,7 @@ There are two kinds of layout:
 * *across*: the rows cover several segments, which the layers see side by side, as rows of their own. If all rows are
   aligned, that is a reshape, otherwise a gather.
 
-Legend: B batch, T columns of the call, S segments, N segment length, W slots of the widest segment.
+Legend: B batch, T columns of the block, S segments, N segment length, W slots of the widest segment.
 """
 
 from collections.abc import Sequence
@@ -57,11 +57,11 @@ class Timeline(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of one forward call go.
+    """Where the tokens of one block go.
 
     Fields:
         segment_length, memory_update: what the layers work with, from the config.
-        before, after: the timeline at the start and at the end of the call.
+        before, after: the timeline at the start and at the end of the block.
         rotary_positions: (B or 1, T), positions modulo N.
         reads: whether any token may have a memory to read.
         num_segments: S for a layout across segments, 0 for one within.
