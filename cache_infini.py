@@ -305,6 +305,15 @@ class InfiniCache(Cache):
             layer.to(device)
         return self
 
+    def detach_(self) -> "InfiniCache":
+        """Cut the graph, in place: what is read from now on sends no gradient to what was written before.
+
+        For training over a text in several calls (truncated backpropagation through time).
+        """
+        for layer in self.layers:
+            layer._map_tensors(torch.Tensor.detach)
+        return self
+
     def save(self, path: str | os.PathLike) -> None:
         """Write everything into one safetensors file: the memory and at most one open segment per layer.
 

@@ -5,7 +5,9 @@ segments, which bounds the memory that a long input needs.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -122,6 +124,9 @@ class InfiniLlamaAttention(LlamaAttention):
                 memory = cache.update_memory(key_states, value_states, layout)
                 if layout.reads:
                     attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory)
+        if self.training and not (has_memory and layout.reads):
+            # Data-parallel training waits for a gradient of every parameter, and short texts read nothing.
+            attn_output = attn_output + 0.0 * self.memory_gate().sum().to(attn_output.dtype)
 
         attn_output = layout.to_tokens(attn_output, batch_size)
         attn_output = self.o_proj(attn_output.reshape(batch_size, num_tokens, -1).contiguous())
@@ -171,6 +176,64 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, InfiniMemoryGate):
             init.constant_(module.bias, self.config.gate_init)
 
+    def parameter_groups(
+        self, learning_rate: float, weight_decay: float = 0.0, gate_learning_rate: float = 0.01
+    ) -> list[dict[str, Any]]:
+        """Trainable parameters as the groups of a `torch.optim` optimizer, the gates with their own learning rate.
+
+        A gate has to travel about 4 to open or close a head, which steps of a model's learning rate never do. Biases and
+        norms have no weight decay, as in `Trainer`; neither have gates.
+
+        Args:
+            learning_rate: of everything but the gates.
+            weight_decay: of weight matrices.
+            gate_learning_rate: of the gates, beta of equation 10.
+
+        Returns:
+            Groups that are not empty, in this order: weight matrices, biases and norms, gates.
+
+        Example:
+
+        ```python
+        >>> optimizer = torch.optim.AdamW(model.parameter_groups(learning_rate=1e-4, weight_decay=0.1))
+        >>> trainer = Trainer(model, args, train_dataset=dataset, optimizers=(optimizer, None))
+        ```
+        """
+        weights, vectors, gates = [], [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                group = gates if "memory_gate" in name else weights if parameter.dim() > 1 else vectors
+                group.append(parameter)
+        groups = [
+            {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+            {"params": gates, "lr": gate_learning_rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    @torch.no_grad()
+    def gate_statistics(self) -> dict[str, float]:
+        """How far the gates are open, sigmoid(beta): mean, minimum and maximum over the heads of each layer.
+
+        Returns:
+            A flat dict for a tracker: `gates/mean` of the model, and `gates/layer_00/mean`, `.../min`, `.../max`.
+        """
+        statistics = {"gates/mean": 0.0}
+        for index, layer in enumerate(self.base_model.layers):
+            beta = layer.self_attn.memory_gate()
+            gate = torch.sigmoid(beta.full_tensor() if hasattr(beta, "full_tensor") else beta)
+            statistics["gates/mean"] += gate.mean().item() / len(self.base_model.layers)
+            for name in ("mean", "min", "max"):
+                statistics[f"gates/layer_{index:02d}/{name}"] = getattr(gate, name)().item()
+        return statistics
+
+
+@dataclass
+class InfiniModelOutput(BaseModelOutputWithPast):
+    """Adds `loss`, the sum of what `block_loss` returned. Without kept hidden states `last_hidden_state` is None."""
+
+    loss: torch.FloatTensor | None = None
+
 
 class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: InfiniLlamaConfig):
@@ -197,8 +260,9 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        block_loss: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> InfiniModelOutput:
         """Llama's forward, over an input of any length, block after block.
 
         Args:
@@ -212,10 +276,13 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
             use_cache: whether to return a cache; on by default.
             logits_to_keep: if not 0, only the hidden states of this many last tokens are kept and returned, so that the
                 memory needed does not depend on the length.
+            block_loss: called with the hidden states (batch, columns, hidden_size) of each block and which columns they
+                are. Its results are added up, and with `logits_to_keep=0` no hidden states are returned.
 
         Returns:
-            `last_hidden_state` (batch, tokens or `logits_to_keep`, hidden_size), `past_key_values`, and if asked for
-            `hidden_states` and `attentions`, the weights of each token over the slots of its segment.
+            `last_hidden_state` (batch, tokens or `logits_to_keep`, hidden_size), `past_key_values`, `loss` if there is a
+            `block_loss`, and if asked for `hidden_states` and `attentions`, the weights of each token over the slots of
+            its segment.
 
         Raises:
             ValueError: an argument has the wrong shape or kind (the message names it).
@@ -244,7 +311,8 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         for name in PACKING_KWARGS:
             kwargs.pop(name, None)
 
-        kept_states, hidden_states, attentions, stop = [], [], [], 0
+        keep = logits_to_keep or (num_columns if block_loss is None else 0)
+        kept_states, losses, hidden_states, attentions, stop = [], [], [], [], 0
         for width in widths:
             start, stop = stop, stop + width
             layout = plan(
@@ -257,15 +325,18 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 masks_allowed=not is_flash_attention_requested(config),
             )
             timeline = layout.after
-            forward = self._checkpoint_block if self.gradient_checkpointing and self.training else self._forward_block
-            block = forward(inputs[:, start:stop], layout, past_key_values, **kwargs)
-            kept = min(logits_to_keep - (num_columns - stop), width) if logits_to_keep else width
+            forward = self._checkpoint_block if self.gradient_checkpointing and self.training else self._block_and_loss
+            head = None if block_loss is None else partial(block_loss, columns=slice(start, stop))
+            block = forward(inputs[:, start:stop], layout, past_key_values, head, **kwargs)
+            kept = min(keep - (num_columns - stop), width)
             if kept > 0:  # even an empty slice would hold on to the hidden states of the whole block
                 kept_states.append(block.last_hidden_state[:, width - kept :])
+            losses.append(block.loss)
             hidden_states.append(block.hidden_states)
             attentions.append(block.attentions)
-        return BaseModelOutputWithPast(
-            last_hidden_state=kept_states[0] if len(kept_states) == 1 else torch.cat(kept_states, dim=1),
+        return InfiniModelOutput(
+            last_hidden_state=torch.cat(kept_states, dim=1) if len(kept_states) > 1 else next(iter(kept_states), None),
+            loss=None if block_loss is None else sum(losses),
             past_key_values=returned_cache,
             hidden_states=_join_tokens(hidden_states, dim=1),
             attentions=_join_tokens(attentions, dim=2),
@@ -291,10 +362,27 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
 
+    def _block_and_loss(
+        self,
+        inputs: torch.Tensor,
+        layout: Layout,
+        past_key_values: InfiniCache | None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None,
+        **kwargs,
+    ) -> InfiniModelOutput:
+        """`_forward_block`, and its share of the loss: what `head` makes of the hidden states."""
+        block = self._forward_block(inputs, layout, past_key_values, **kwargs)
+        return InfiniModelOutput(**block, loss=None if head is None else head(block.last_hidden_state))
+
     def _checkpoint_block(
-        self, inputs: torch.Tensor, layout: Layout, past_key_values: InfiniCache | None, **kwargs
-    ) -> BaseModelOutputWithPast:
-        """`_forward_block`, keeping nothing for the backward pass but its inputs: ids and the state before it.
+        self,
+        inputs: torch.Tensor,
+        layout: Layout,
+        past_key_values: InfiniCache | None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None,
+        **kwargs,
+    ) -> InfiniModelOutput:
+        """`_block_and_loss`, keeping nothing for the backward pass but its inputs: ids and the state before it.
 
         So a whole sequence is trained, exactly, with the activations of one block. State goes in and out as values,
         because the backward pass runs the block a second time and must find it as it was.
@@ -310,10 +398,10 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 width = len(states[0])
                 for index, layer in enumerate(cache.layers):
                     layer.set_state(flat_state[index * width : (index + 1) * width], layout.before)
-            block = self._forward_block(inputs, layout, cache, **kwargs)
+            block = self._block_and_loss(inputs, layout, cache, head, **kwargs)
             results["hidden_states"], results["attentions"] = block.hidden_states, block.attentions
             new_states = [] if cache is None else [x for layer in cache.layers for x in layer.state()]
-            return block.last_hidden_state, *new_states
+            return block.last_hidden_state, block.loss, *new_states
 
         checkpoint = self._gradient_checkpointing_func
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
@@ -321,11 +409,11 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 "`use_reentrant=True` has no effect: ids, which a block starts from, have no gradient."
             )
             checkpoint = partial(checkpoint, use_reentrant=False)
-        hidden_states, *new_states = checkpoint(run, inputs, *(x for state in states for x in state))
+        hidden_states, loss, *new_states = checkpoint(run, inputs, *(x for state in states for x in state))
         for index, layer in enumerate(layers):
             layer.set_state(new_states[index * len(states[0]) : (index + 1) * len(states[0])], layout.after)
             layer.written_with = (layout.segment_length, layout.memory_update)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **results)
+        return InfiniModelOutput(last_hidden_state=hidden_states, loss=loss, **results)
 
     def _check_cache(self, cache: Cache | None, batch_size: int) -> Timeline:
         """The timeline of the cache, if it is one that this model can go on with."""
@@ -465,14 +553,29 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
     ) -> CausalLMOutputWithPast:
         """Llama's forward; see [`InfiniLlamaModel.forward`] for the inputs.
 
+        All logits of a long input are the largest tensor by far. With labels they are built one block at a time, and
+        given up, when `logits_to_keep` asks for few of them, and in training with gradient checkpointing.
+
         Args:
             labels: (batch, tokens), -100 where there is no target. They are shifted inside.
-            logits_to_keep: return the logits of this many last tokens, or of the tokens with these indices. 0 returns
-                all, which for a long input is the largest tensor by far.
+            logits_to_keep: return the logits of this many last tokens, or of the tokens with these indices; the loss is
+                that of all tokens in the first case. 0 returns all, or, with labels in training with gradient
+                checkpointing, none.
+            kwargs: also go to the loss function: `num_items_in_batch`, by which the sum of the losses is divided instead
+                of the number of targets, and `shift_labels`, targets that are shifted already, so that a text which is
+                given in several calls loses none between them. Tensors (batch, tokens) are cut into blocks like labels.
 
         Returns:
-            `loss` if there are labels, `logits` (batch, tokens kept, vocab_size), `past_key_values`.
+            `loss` if there are labels, `logits` (batch, tokens kept, vocab_size) or None, `past_key_values`.
         """
+        targets = kwargs.get("shift_labels")
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        few_logits = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        if targets is not None and (few_logits or (self.training and self.model.gradient_checkpointing)):
+            block_loss = self._block_loss(targets, kwargs)
+        else:
+            block_loss = None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -481,11 +584,13 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            block_loss=block_loss,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
+        logits, loss = None, outputs.loss
+        if outputs.last_hidden_state is not None:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if targets is not None and block_loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -494,6 +599,23 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _block_loss(self, targets: torch.Tensor, kwargs: dict) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+        """The share of a block in the loss, whose sum over blocks is the loss of all `targets` (batch, tokens)."""
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            num_items = (targets != kwargs.get("ignore_index", -100)).sum()
+
+        def block_loss(hidden_states: torch.Tensor, columns: slice) -> torch.Tensor:
+            cut = {
+                name: x[:, columns] if torch.is_tensor(x) and x.shape[:2] == targets.shape else x
+                for name, x in kwargs.items()
+            }
+            cut |= {"shift_labels": targets[:, columns].contiguous(), "num_items_in_batch": num_items}
+            logits = self.lm_head(hidden_states)
+            return self.loss_function(logits=logits, labels=None, vocab_size=self.config.vocab_size, **cut)
+
+        return block_loss
 
     # Hooks of `generate`.
 

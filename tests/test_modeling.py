@@ -681,7 +681,8 @@ def test_gradient_checkpointing_changes_no_gradient(rule, tokens, use_reentrant)
     model = tiny_model(memory_update=rule).train()
     inputs = {"input_ids": random_ids(3, tokens), "attention_mask": padding_masks()["left"][:, :tokens]}
     expected = loss_and_gradients(model, **inputs)
-    assert ("model.layers.0.self_attn.memory_gate.bias" in expected) == (tokens > N)
+    # A gradient of zeros where nothing is read: data-parallel training waits for one of every parameter.
+    assert expected["model.layers.0.self_attn.memory_gate.bias"].any() == (tokens > N)
     calls = []
     model.model.layers[0].mlp.register_forward_hook(lambda *args: calls.append(torch.is_grad_enabled()))
     model(**inputs)
