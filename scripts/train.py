@@ -1,0 +1,884 @@
+"""Train an InfiniLlama on long texts and on retrieval tasks, with Accelerate.
+
+    python scripts/train.py scripts/recipes/passkey.yaml --model ./infini --output ./trained
+    python scripts/train.py --model ./infini --output ./trained --data books/ --sequence_length 32768 --max_steps 1000
+    accelerate launch --config_file scripts/launch/fsdp2.yaml scripts/train.py RECIPE --model ./infini --output ./trained
+    python scripts/train.py RECIPE --model ./infini --output ./trained --resume true
+
+RECIPE is a YAML file whose keys are the options below; options on the command line override it. MODEL is a folder that
+`scripts/convert.py` made, or a Hub id of such a model. What can stand in `--data` is described in
+`scripts/training_data.py`: text files, folders, Hub datasets, and retrieval tasks, each with a weight. On the command
+line an entry is a path, a Hub id, or a JSON object: `--data books/ '{"task": "passkey", "weight": 0.5}'`.
+
+Sequences are trained whole, with exact gradients through the memory, unless `--detach_segments` says otherwise. Their
+length may grow during training (`--sequence_length 192 384 768`), after a number of steps or when the loss has fallen.
+With *state passing* sequences start from the memory of other, longer text, so that the model sees memories as full as
+those that it will meet later, and inputs stay short.
+
+OUTPUT gets `model/` (or `adapter/` and, merged, `model/`) at the end, `checkpoints/`, `log.jsonl` with one line per
+step, and the files of the tracker. Checkpoints are complete and appear whole: a run that was killed at any moment goes
+on with `--resume true`, and its losses are those of a run that was not.
+
+The last line on stdout is one JSON document; everything else goes to stderr. The exit status is 0, or 2 when something
+in the input, or a loss that is no number, stops the run.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, get_scheduler
+
+from infini_llama.cache_infini import InfiniCache
+from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.scripts.generate import InputError, load_model, one_line, say
+from infini_llama.scripts.training_data import Batch, Mixture
+from infini_llama.timeline_infini import Timeline
+
+__all__ = ["Training", "TrainingOptions", "main", "parse_options"]
+
+
+def option(default: Any, help: str, **kwargs) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class TrainingOptions:
+    model: str = option("", "Folder that scripts/convert.py made, or a Hub id. Required.")
+    output: str = option("", "Folder for the trained model, checkpoints and logs. Required.")
+    resume: bool = option(False, "Go on from the last checkpoint in OUTPUT, if there is one.")
+    from_scratch: bool = option(False, "Take only config and tokenizer from MODEL, and begin with random weights.")
+
+    data: list[str] = option([], "What to train on: paths, Hub ids or JSON objects; see above. Required.")
+    sequence_length: list[int] = option(
+        [], "Tokens per sequence, multiples of the segment length. Several are the stages of a curriculum. Required."
+    )
+    stage_steps: list[int] = option([], "Steps of each stage but the last.")
+    advance_below: float | None = option(
+        None, "Instead of --stage_steps: a stage ends when the mean loss of its last steps is below this."
+    )
+    advance_window: int = option(
+        10, "How many last steps --advance_below looks at; only tasks count, if there are any."
+    )
+    batch_tokens: int = option(4096, "Tokens per device and forward pass: as many sequences as fit, at least one.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per device and step.")
+
+    segment_length: int | None = option(None, "Change the model's N.")
+    memory_update: str | None = option(None, "Change the model's write rule.", choices=["delta", "linear", "none"])
+    gate_init: float | None = option(None, "Set beta of all gates before the first step; 0 lets memory in half.")
+
+    max_steps: int = option(1000, "Optimizer steps.")
+    learning_rate: float = option(1e-4, "Highest learning rate.")
+    gate_learning_rate: float = option(0.01, "Highest learning rate of the gates, which have a long way to go.")
+    lr_scheduler_type: str = option("cosine", "A schedule of Transformers, by its name there.")
+    warmup_steps: int = option(0, "Steps in which the learning rate rises to its highest.")
+    weight_decay: float = option(0.0, "AdamW's, of weight matrices only.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    adam_beta2: float = option(0.95, "AdamW's.")
+
+    mixed_precision: str | None = option(
+        None, "Precision of matrix products; the launcher's, or bf16.", choices=["no", "bf16", "fp16"]
+    )
+    activation_checkpointing: bool = option(
+        True, "Compute each block twice and keep only its inputs: exact gradients with the activations of one block."
+    )
+    block_segments: int | None = option(None, "Segments per block; by default what fits into 4,096 tokens.")
+    detach_segments: int | None = option(
+        None, "Truncate: no gradient reaches further back than the last multiple of this many segments."
+    )
+
+    state_passing: float = option(0.0, "Share of sequences that start from the memory of other, longer text.")
+    state_passing_tokens: int = option(65536, "How long that text becomes at most, before another is begun.")
+    state_passing_every: int = option(2, "It grows by one sequence, without gradient, every so many steps.")
+
+    lora_rank: int = option(0, "Train an adapter of this rank, and the gates, instead of all weights.")
+    lora_alpha: int | None = option(None, "Scale of the adapter; by default twice the rank.")
+    lora_target_modules: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Where the adapter is."
+    )
+
+    eval_data: list[str] = option([], "What to evaluate on, as in --data: loss by position, or exact answers.")
+    eval_length: list[int] = option([], "Tokens per evaluated sequence; by default the longest trained length.")
+    eval_sequences: int = option(8, "Sequences per source and length.")
+    eval_steps: int = option(0, "Evaluate every so many steps, and at the end; 0 evaluates at the end only.")
+
+    logging_steps: int = option(10, "Send numbers and gate statistics to the tracker every so many steps.")
+    report_to: str = option("tensorboard", "Tracker, by Accelerate's name for it, or none.")
+    save_steps: int = option(100, "Save a checkpoint every so many steps; 0 saves none.")
+    save_total_limit: int = option(2, "Keep this many last checkpoints.")
+    seed: int = option(0, "Of everything random.")
+
+    def check(self) -> None:
+        """Raise InputError for what can be seen without model and data."""
+        for name in ("model", "output", "data", "sequence_length"):
+            if not getattr(self, name):
+                raise InputError(f"`{name}` is missing: give it in the recipe, or as --{name}")
+        at_least = {"max_steps": 1, "batch_tokens": 1, "gradient_accumulation_steps": 1, "advance_window": 1}
+        at_least |= {"state_passing_every": 1, "logging_steps": 1, "save_total_limit": 1, "eval_sequences": 1}
+        at_least |= dict.fromkeys(("save_steps", "eval_steps", "warmup_steps", "lora_rank"), 0)
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise InputError(f"`{name}` is {getattr(self, name)}: give at least {least}")
+        if not 0 <= self.state_passing <= 1:
+            raise InputError(f"`state_passing` is {self.state_passing}: give a share between 0 and 1")
+        stages = len(self.sequence_length)
+        if self.stage_steps and len(self.stage_steps) != stages - 1:
+            raise InputError(
+                f"`stage_steps` has {len(self.stage_steps)} entries for {stages} lengths in `sequence_length`: give one "
+                "for each length but the last"
+            )
+        if self.stage_steps and self.advance_below is not None:
+            raise InputError("`stage_steps` and `advance_below` are both given: choose one")
+        if stages > 1 and not self.stage_steps and self.advance_below is None:
+            raise InputError("`sequence_length` has stages: say when they end, with `stage_steps` or `advance_below`")
+
+    def check_lengths(self, segment_length: int) -> None:
+        """Raise InputError for lengths that are no whole number of segments."""
+        for name in ("sequence_length", "eval_length"):
+            for length in getattr(self, name):
+                if length < 1 or length % segment_length:
+                    below = length // segment_length * segment_length
+                    near = " or ".join(str(x) for x in (below, below + segment_length) if x > 0)
+                    raise InputError(
+                        f"`{name}` {length} is no multiple of the segment length {segment_length}: give {near}"
+                    )
+        if self.detach_segments is not None and self.detach_segments < 1:
+            raise InputError(f"`detach_segments` is {self.detach_segments}: give at least 1, or leave it out")
+
+
+# Options that may be another when a run is resumed: they change no step.
+FREE_ON_RESUME = ("output", "resume", "logging_steps", "report_to", "save_steps", "save_total_limit")
+FREE_ON_RESUME += ("eval_data", "eval_length", "eval_sequences", "eval_steps")
+
+
+def parse_options(argv: list[str] | None = None) -> TrainingOptions:
+    """Options from a recipe and the command line, which wins.
+
+    Raises:
+        InputError: the recipe cannot be read, or has an unknown key.
+    """
+    parser = HfArgumentParser(TrainingOptions, description=__doc__, formatter_class=_HelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="YAML file with options")
+    recipe = parser.parse_known_args(argv)[0].recipe
+    if recipe is not None:
+        parser.set_defaults(**read_recipe(recipe))
+    values = vars(parser.parse_args(argv))
+    del values["recipe"]
+    for name in ("data", "eval_data"):
+        values[name] = [_entry(name, entry) for entry in values[name]]
+    options = TrainingOptions(**values)
+    options.check()
+    return options
+
+
+class _HelpFormatter(HfArgumentParser().formatter_class):
+    """Keeps the line breaks of the description."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text
+
+
+def _entry(name: str, entry: str | dict[str, Any]) -> str | dict[str, Any]:
+    if isinstance(entry, str) and entry.lstrip().startswith("{"):
+        try:
+            return json.loads(entry)
+        except json.JSONDecodeError as error:
+            raise InputError(f"`{name}` entry {entry!r} is no JSON ({error}): mind the quotes") from error
+    return entry
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Keys and values of a recipe."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"recipe '{path}' cannot be read ({one_line(error)})") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"recipe '{path}' is no mapping of options to values")
+    fields = {f.name: f for f in dataclasses.fields(TrainingOptions)}
+    for key, value in recipe.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            raise InputError(
+                f"recipe '{path}' has the unknown option '{key}'" + f"; is it '{close[0]}'?" * bool(close)
+            )
+        is_list = str(fields[key].type).startswith("list")
+        if is_list != isinstance(value, list):
+            raise InputError(f"recipe '{path}' has {key}: {value!r}; give a {'list' if is_list else 'single value'}")
+        if isinstance(value, float | int) and not is_list:
+            recipe[key] = str(value)  # argparse checks and converts what is text
+    return recipe
+
+
+# The loss
+
+
+def weighted_causal_loss(
+    logits: torch.Tensor,
+    labels: None,
+    vocab_size: int,
+    num_items_in_batch: int,
+    shift_labels: torch.Tensor,
+    shift_weights: torch.Tensor,
+    **kwargs,
+) -> torch.Tensor:
+    """Sum of weight times cross entropy over (batch, tokens), divided by `num_items_in_batch`."""
+    losses = F.cross_entropy(logits.float().flatten(0, 1), shift_labels.flatten(), reduction="none")
+    return (losses * shift_weights.flatten().to(losses.dtype)).sum() / num_items_in_batch
+
+
+# State passing
+
+
+class CarriedMemory:
+    """The memory of a text that grows without gradient, from which sequences start (arXiv 2507.02782).
+
+    Args:
+        rng: of the lengths at which another text is begun.
+        max_tokens: the largest of them.
+    """
+
+    def __init__(self, model: InfiniLlamaForCausalLM, max_tokens: int):
+        self.config, self.max_tokens = model.config, max_tokens
+        self.cache: InfiniCache | None = None
+        self.tokens = self.target = 0
+
+    @torch.no_grad()
+    def extend(self, model: torch.nn.Module, text: torch.LongTensor) -> None:
+        """Read (1, tokens) more."""
+        model(input_ids=text, past_key_values=self.cache, use_cache=False, logits_to_keep=1)
+        self.tokens += text.shape[1]
+
+    def begin(self, rng: random.Random, length: int) -> None:
+        """Forget, and draw how long the next text becomes, evenly on a logarithmic scale from `length` on."""
+        self.cache, self.tokens = InfiniCache(self.config), 0
+        self.target = length * (max(self.max_tokens, length) / length) ** rng.random()
+
+    def rows(self, num_rows: int) -> InfiniCache:
+        """A copy for a batch."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(num_rows)
+        return cache
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"tokens": self.tokens, "target": self.target}
+        if self.cache is not None:
+            layers = self.cache.layers
+            state["timeline"], state["written_with"] = tuple(layers[0].timeline), layers[0].written_with
+            state["layers"] = [layer.state() for layer in layers]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.tokens, self.target = state["tokens"], state["target"]
+        if "layers" in state:
+            self.cache = InfiniCache(self.config)
+            for layer, tensors in zip(self.cache.layers, state["layers"], strict=True):
+                layer.set_state([None if x is None else x.to(device) for x in tensors], Timeline(*state["timeline"]))
+                layer.written_with = tuple(state["written_with"])
+
+
+# Training
+
+
+class Training:
+    """A run: `Training(options).run()`.
+
+    What it is at any moment is in the model, the optimizer, and a few counters (`state`), all of which a checkpoint has.
+    """
+
+    def __init__(self, options: TrainingOptions):
+        self.options = options
+        self.output = Path(options.output)
+        require_writable(self.output)
+        if latest_checkpoint(self.output) and not options.resume:
+            raise InputError(
+                f"output '{self.output}' has checkpoints of a run already: go on with `--resume true`, or name another"
+            )
+        precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16")
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            log_with=None if options.report_to == "none" else options.report_to,
+            project_config=ProjectConfiguration(project_dir=str(self.output), logging_dir=str(self.output)),
+        )
+        self.say = say if self.accelerator.is_main_process else lambda message: None
+        set_seed(options.seed)
+        model, self.tokenizer = build_model(options)
+        config = model.config
+        self.segment_length = config.segment_length
+        options.check_lengths(self.segment_length)
+        self.mixture = Mixture(options.data, self.tokenizer, self.segment_length, options.seed)
+        if options.eval_data:
+            self.evaluation_mixture()  # bad input shows now, not after a day
+        if options.activation_checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.loss_function = weighted_causal_loss
+        if options.lora_rank:
+            model = add_adapter(model, options)
+        self.infini_model = model.get_base_model() if options.lora_rank else model
+        optimizer = torch.optim.AdamW(
+            model.parameter_groups(
+                options.learning_rate, options.weight_decay, gate_learning_rate=options.gate_learning_rate
+            ),
+            betas=(0.9, options.adam_beta2),
+        )
+        self.scheduler = get_scheduler(
+            options.lr_scheduler_type, optimizer, options.warmup_steps, num_training_steps=options.max_steps
+        )
+        if self.accelerator.state.deepspeed_plugin is not None:
+            if options.detach_segments is not None:
+                raise InputError("`detach_segments` does not work with DeepSpeed, which steps at each backward pass")
+            # DeepSpeed asks for a batch size, and uses it for nothing that matters here.
+            deepspeed = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            deepspeed["train_micro_batch_size_per_gpu"] = 1
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.register_for_checkpointing(self.scheduler)
+
+        self.step = self.stage = self.stage_start = self.tokens = 0
+        self.window: deque[float] = deque(maxlen=options.advance_window)
+        self.memories: dict[str, CarriedMemory] = {}
+        self.log_path = self.output / "log.jsonl"
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, and return the report."""
+        options, accelerator = self.options, self.accelerator
+        if options.resume:
+            self.resume()
+        if accelerator.is_main_process:
+            keep_log_until(self.log_path, self.step)
+            if accelerator.log_with:
+                accelerator.init_trackers("tracker", config=flat_options(options))
+        parameters = sum(p.numel() for p in self.infini_model.parameters())
+        trained = sum(p.numel() for p in self.infini_model.parameters() if p.requires_grad)
+        self.say(
+            f"{parameters / 1e6:.1f} million parameters, {trained / 1e6:.2f} million trained; "
+            f"N = {self.segment_length}, {accelerator.num_processes} process(es), {accelerator.mixed_precision} precision"
+        )
+        evaluation = None
+        progress = tqdm(
+            initial=self.step,
+            total=options.max_steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+        )
+        with progress:
+            while self.step < options.max_steps:
+                record = self.train_step()
+                progress.set_postfix_str(
+                    f"loss {record['loss']:.3f}, {record['sequence_length'] // self.segment_length} segments, "
+                    f"{record['tokens_per_second']:,.0f} tokens/s"
+                )
+                progress.update()
+                is_last = self.step == options.max_steps
+                if is_last or (options.eval_steps and self.step % options.eval_steps == 0):
+                    evaluation = self.evaluate()
+                    if evaluation:
+                        record["evaluation"] = evaluation
+                self.log(record)
+                if options.save_steps and (is_last or self.step % options.save_steps == 0):
+                    self.save()
+        if evaluation is None:  # resumed at the end
+            evaluation = self.evaluate()
+        self.export()
+        accelerator.end_training()
+        last = read_log(self.log_path)[-options.advance_window :]
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "sequence_length": self.sequence_length,
+            "loss": sum(record["loss"] for record in last) / max(1, len(last)),
+            "gates": gate_summary(self.infini_model),
+            "evaluation": evaluation,
+            "skipped_documents": self.mixture.skipped_documents,
+            "output": str(self.output),
+        }
+
+    @property
+    def sequence_length(self) -> int:
+        return self.options.sequence_length[self.stage]
+
+    # One step
+
+    def train_step(self) -> dict[str, Any]:
+        """Forward passes, backward passes and one step of the optimizer; returns what is to be logged."""
+        options, accelerator = self.options, self.accelerator
+        started, length = time.perf_counter(), self.sequence_length
+        num_rows = max(1, options.batch_tokens // length)
+        self.model.train()
+        losses = {name: [0.0, 0] for name in self.mixture.sources}
+        for index in range(options.gradient_accumulation_steps):
+            batch, cache = self.next_batch(num_rows, length, index)
+            with accelerator.accumulate(self.model):
+                loss = self.forward_backward(batch, cache)
+                losses[batch.source][0] += loss
+                losses[batch.source][1] += 1
+                if accelerator.sync_gradients:
+                    self.require_finite("loss", loss, batch.source)
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
+                    norm = self.optimizer_norm() if norm is None else float(norm)
+                    self.require_finite("gradient norm", norm, batch.source)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scheduler.step()
+        sums = accelerator.reduce(torch.tensor(list(losses.values()), device=accelerator.device), "sum").tolist()
+        means = {name: total / count for name, (total, count) in zip(losses, sums) if count}
+        tokens = num_rows * length * options.gradient_accumulation_steps * accelerator.num_processes
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        record = {
+            "step": self.step,
+            "loss": sum(total for total, _ in sums) / sum(count for _, count in sums),
+            "losses": means,
+            "sequence_length": length,
+            "tokens": self.tokens,
+            "learning_rate": rates[0],
+            "gate_learning_rate": rates[-1],
+            "gradient_norm": norm,
+            "seconds": time.perf_counter() - started,
+        }
+        record["tokens_per_second"] = tokens / record["seconds"]
+        self.advance(means)
+        return record
+
+    def forward_backward(self, batch: Batch, cache: InfiniCache | None) -> float:
+        """The loss of a batch, and its gradients; in spans if backpropagation is truncated."""
+        num_rows, length = batch.input_ids.shape
+        span = length
+        if self.options.detach_segments is not None:
+            span = min(length, self.options.detach_segments * self.segment_length)
+            cache = cache or (InfiniCache(self.infini_model.config) if span < length else None)
+        shift_labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
+        shift_weights = F.pad(batch.loss_weights[:, 1:], (0, 1))
+        total = 0.0
+        for start in range(0, length, span):
+            part = slice(start, start + span)
+            is_last = start + span >= length
+            # Gradients of several processes are joined once, after the last span.
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss = self.model(
+                    input_ids=batch.input_ids[:, part],
+                    position_ids=batch.position_ids[:, part],
+                    past_key_values=cache if cache is None else cache.detach_(),
+                    use_cache=False,
+                    shift_labels=shift_labels[:, part].contiguous(),
+                    shift_weights=shift_weights[:, part].contiguous(),
+                    num_items_in_batch=num_rows,
+                ).loss
+                self.accelerator.backward(loss)
+            total += loss.item()
+        return total
+
+    def next_batch(self, num_rows: int, length: int, index: int) -> tuple[Batch, InfiniCache | None]:
+        """This process's share of the next batches, and the memory that its rows start from."""
+        accelerator = self.accelerator
+        device, mine = accelerator.device, None
+        for rank in range(accelerator.num_processes):
+            rng = random.Random(f"{self.options.seed}/memory/{self.step}/{index}/{rank}")
+            continued = rng.random() < self.options.state_passing
+            batch = self.mixture.next(num_rows, length, continued=continued)
+            memory = self.carry(batch.source, rng, length, rank) if continued else None
+            if rank == accelerator.process_index:
+                mine = batch, memory
+        batch, memory = mine
+        positions = batch.position_ids
+        cache = None
+        if memory is not None:
+            # The first piece of each row goes on where the memory ends; what follows are other documents.
+            is_first = (positions == torch.arange(length)).cumprod(dim=1).bool()
+            positions = torch.where(is_first, positions + memory.tokens, positions)
+            cache = memory.rows(num_rows)
+        tensors = batch.input_ids, positions, batch.labels, batch.loss_weights
+        return Batch(batch.source, *(x.to(device) for x in tensors)), cache
+
+    def carry(self, source: str, rng: random.Random, length: int, rank: int) -> CarriedMemory | None:
+        """The memory of other text of the same source, extended when it is time.
+
+        Every process draws the texts of all, so that their places in the sources agree, and reads its own.
+        """
+        key = f"{source}/{rank}"
+        if key not in self.memories:
+            self.memories[key] = CarriedMemory(self.infini_model, self.options.state_passing_tokens)
+        memory = self.memories[key]
+        is_new = memory.target < memory.tokens + length
+        if is_new:
+            memory.begin(rng, length)
+        if is_new or self.step % self.options.state_passing_every == 0:
+            text = self.mixture.filler(source, length, start=is_new)
+            if rank == self.accelerator.process_index:
+                memory.extend(self.model, text.to(self.accelerator.device))
+            else:
+                memory.tokens += length
+        return memory
+
+    def require_finite(self, name: str, value: float, source: str) -> None:
+        if not math.isfinite(value):
+            checkpoint = latest_checkpoint(self.output)
+            after = (
+                f"the last checkpoint, '{checkpoint.name}', is kept" if checkpoint else "there is no checkpoint yet"
+            )
+            raise InputError(
+                f"{name} is {value} in step {self.step + 1}, in a batch of '{source}'; {after}. Lower `learning_rate` or "
+                "`gate_learning_rate`, raise `warmup_steps`, or look for broken text in that source"
+            )
+
+    def optimizer_norm(self) -> float:
+        """DeepSpeed clips by itself, and knows the norm."""
+        norm = getattr(self.model, "get_global_grad_norm", lambda: None)()
+        return 0.0 if norm is None else float(norm)
+
+    def advance(self, losses: dict[str, float]) -> None:
+        """Go to the next stage of the curriculum when it is time."""
+        options = self.options
+        if self.stage == len(options.sequence_length) - 1:
+            return
+        tasks = {name: loss for name, loss in losses.items() if self.mixture.sources[name].is_task}
+        if tasks or not any(source.is_task for source in self.mixture.sources.values()):
+            self.window.extend((tasks or losses).values())
+        if options.stage_steps:
+            is_over = self.step - self.stage_start >= options.stage_steps[self.stage]
+        else:
+            is_full = len(self.window) == options.advance_window
+            is_over = is_full and sum(self.window) / len(self.window) < options.advance_below
+        if is_over:
+            self.stage, self.stage_start = self.stage + 1, self.step
+            self.window.clear()
+
+    # Evaluation
+
+    def evaluation_mixture(self) -> list[Mixture]:
+        """One mixture per source: each evaluation sees the same sequences."""
+        entries = [{"source": e} if isinstance(e, str) else e for e in self.options.eval_data]
+        entries = [e | {"context_loss": 0} if "task" in e else e for e in entries]
+        return [Mixture([e], self.tokenizer, self.segment_length, self.options.seed + 1) for e in entries]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Memory on and off: exact answers of tasks, loss of texts by the number of completed segments.
+
+        Returns:
+            source -> length -> "on", "off" -> numbers.
+        """
+        options, accelerator = self.options, self.accelerator
+        config, results = self.infini_model.config, {}
+        self.model.eval()
+        rule = config.memory_update
+        for mixture in self.evaluation_mixture() if options.eval_data else []:
+            (name,) = mixture.sources
+            for length in options.eval_length or [max(options.sequence_length)]:
+                rows = [mixture.next(1, length) for _ in range(options.eval_sequences)]
+                rows += rows[:1] * (-len(rows) % accelerator.num_processes)  # every process has as many
+                for switch in ("on", "off") if rule != "none" else ("off",):
+                    config.memory_update = rule if switch == "on" else "none"
+                    try:
+                        mine = [
+                            self.score(row) for row in rows[accelerator.process_index :: accelerator.num_processes]
+                        ]
+                    finally:
+                        config.memory_update = rule
+                    scores = accelerator.gather(torch.stack(mine))
+                    # Gathered process by process; what was added at the end is dropped.
+                    order = torch.arange(len(rows)).view(-1, accelerator.num_processes).T.flatten()
+                    scores = scores[order.argsort()][: options.eval_sequences].cpu()
+                    rows_seen = rows[: options.eval_sequences]
+                    if mixture.sources[name].is_task:
+                        numbers = task_numbers(scores)
+                    else:
+                        numbers = text_numbers(scores, rows_seen, self.segment_length)
+                    results.setdefault(name, {}).setdefault(str(length), {})[switch] = numbers
+        return results
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """Per target of one row, its loss and whether it is the likeliest token, NaN elsewhere; (2, tokens), float32."""
+        device, length = self.accelerator.device, batch.input_ids.shape[1]
+        cache, parts = InfiniCache(self.infini_model.config), []
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=-100).to(device)
+        span = self.infini_model.config.block_length
+        for start in range(0, length, span):
+            part = slice(start, start + span)
+            logits = self.model(
+                input_ids=batch.input_ids[:, part].to(device),
+                position_ids=batch.position_ids[:, part].to(device),
+                past_key_values=cache,
+            ).logits.float()
+            target = targets[0, part]
+            losses = F.cross_entropy(logits[0], target, reduction="none")
+            parts.append(torch.stack([losses, (logits[0].argmax(-1) == target).float()]))
+        return torch.cat(parts, dim=1).masked_fill(targets == -100, math.nan)
+
+    # Logs and checkpoints
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line in the log, and what the tracker shows."""
+        if self.accelerator.is_main_process:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.step % self.options.logging_steps == 0 or "evaluation" in record:
+            values = flatten({key: value for key, value in record.items() if key != "step"})
+            self.accelerator.log(values | self.infini_model.gate_statistics(), step=self.step)
+
+    def save(self) -> None:
+        """A checkpoint with all that the rest of the run depends on, which appears whole or not at all."""
+        accelerator = self.accelerator
+        target = self.output / "checkpoints" / f"step-{self.step}"
+        unfinished = target.with_name(target.name + ".unfinished")
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        own = {key: m.state_dict() for key, m in self.memories.items()}
+        torch.save(own, unfinished / f"memories-{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "stage": self.stage,
+                "stage_start": self.stage_start,
+                "tokens": self.tokens,
+                "window": list(self.window),
+                "mixture": self.mixture.state_dict(),
+                "num_processes": accelerator.num_processes,
+                "options": dataclasses.asdict(self.options),
+            }
+            (unfinished / "training.json").write_text(json.dumps(state), encoding="utf-8")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for file in [*unfinished.rglob("*"), unfinished]:
+                sync_to_disk(file)
+            shutil.rmtree(target, ignore_errors=True)
+            unfinished.rename(target)
+            sync_to_disk(target.parent)
+            for old in checkpoints(self.output)[: -self.options.save_total_limit]:
+                doomed = old.with_name(old.name + ".unfinished")
+                shutil.rmtree(doomed, ignore_errors=True)
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+        accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Take on the last checkpoint, if there is one."""
+        checkpoint = latest_checkpoint(self.output)
+        if checkpoint is None:
+            self.say(f"No checkpoint in '{self.output}' yet: the run begins at step 0")
+            return
+        try:
+            state = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"checkpoint '{checkpoint}' cannot be read ({one_line(error)})") from error
+        now, then = dataclasses.asdict(self.options), state["options"]
+        for name, value in now.items():
+            if name not in FREE_ON_RESUME and then.get(name) != value:
+                raise InputError(
+                    f"`{name}` is {value!r}, but the checkpoint '{checkpoint}' is of a run with {then.get(name)!r}: set "
+                    "it back, or begin another run in another output"
+                )
+        if state["num_processes"] != self.accelerator.num_processes:
+            raise InputError(
+                f"there are {self.accelerator.num_processes} processes, but the checkpoint '{checkpoint}' is of a run with "
+                f"{state['num_processes']}: start as many, or begin another run in another output"
+            )
+        self.accelerator.load_state(str(checkpoint))
+        for name in ("step", "stage", "stage_start", "tokens"):
+            setattr(self, name, state[name])
+        self.window.extend(state["window"])
+        self.mixture.load_state_dict(state["mixture"])
+        own = checkpoint / f"memories-{self.accelerator.process_index}.pt"
+        for key, memory in torch.load(own, weights_only=True).items():
+            self.memories[key] = CarriedMemory(self.infini_model, self.options.state_passing_tokens)
+            self.memories[key].load_state_dict(memory, self.accelerator.device)
+        self.say(f"Going on from '{checkpoint}'")
+
+    def export(self) -> None:
+        """Write the trained model, and the adapter if there is one, as folders that load by themselves."""
+        accelerator = self.accelerator
+        weights = accelerator.get_state_dict(self.model)
+        if not accelerator.is_main_process:
+            return
+        model = accelerator.unwrap_model(self.model)
+        if self.options.lora_rank:
+            with whole_folder(self.output / "adapter") as folder:
+                model.save_pretrained(folder, state_dict=weights)
+            model, weights = model.merge_and_unload(), None
+        with whole_folder(self.output / "model") as folder:
+            model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+
+
+def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Model with float32 weights, and tokenizer."""
+    settings = {name: getattr(options, name) for name in ("segment_length", "memory_update", "block_segments")}
+    if not options.from_scratch:
+        model, tokenizer = load_model(options.model, dtype="float32", **settings)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(options.model)
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
+            for name, value in settings.items():
+                if value is not None:
+                    setattr(config, name, value)
+            model = InfiniLlamaForCausalLM(config)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model '{options.model}' cannot be built ({one_line(error)})") from error
+    if options.gate_init is not None:
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.memory_gate.bias.fill_(options.gate_init)
+    return model, tokenizer
+
+
+def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torch.nn.Module:
+    """LoRA on the projections, and the gates themselves."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        target_modules=options.lora_target_modules,
+        modules_to_save=["memory_gate"],
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise InputError(f"`lora_target_modules` {options.lora_target_modules}: {one_line(error)}") from error
+
+
+# Numbers
+
+
+def task_numbers(scores: torch.Tensor) -> dict[str, float]:
+    """Of (rows, 2, tokens): share of rows whose whole answer is right (that greedy decoding gives it), and the loss."""
+    loss, right = scores.unbind(1)
+    return {"exact": (right.nan_to_num(1.0).amin(1)).mean().item(), "loss": loss.nanmean().item()}
+
+
+def text_numbers(scores: torch.Tensor, rows: list[Batch], segment_length: int) -> dict[str, Any]:
+    """Of (rows, 2, tokens): mean loss, and the mean after 0, 1, 2-3, 4-7, ... completed segments of the document."""
+    losses = scores[:, 0]
+    segments = torch.cat([row.position_ids for row in rows]) // segment_length
+    bucket = torch.where(segments > 0, segments.float().log2().floor() + 1, torch.zeros(()))
+    by_segments = {}
+    for index in bucket.unique().int().tolist():
+        first, last = (0, 0) if index == 0 else (2 ** (index - 1), 2**index - 1)
+        label = str(first) if first == last else f"{first}-{last}"
+        by_segments[label] = losses[bucket == index].nanmean().item()
+    return {"loss": losses.nanmean().item(), "perplexity": losses.nanmean().exp().item(), "by_segments": by_segments}
+
+
+def gate_summary(model: InfiniLlamaForCausalLM) -> dict[str, float]:
+    statistics = model.gate_statistics()
+    return {
+        "mean": statistics["gates/mean"],
+        "min": min(value for name, value in statistics.items() if name.endswith("/min")),
+        "max": max(value for name, value in statistics.items() if name.endswith("/max")),
+    }
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def flat_options(options: TrainingOptions) -> dict[str, Any]:
+    values = dataclasses.asdict(options)
+    return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
+
+
+# Files
+
+
+def require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output '{folder}' cannot be written ({error.strerror}): name another folder") from error
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first."""
+    found = [path for path in (output / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    return next(reversed(checkpoints(output)), None)
+
+
+def sync_to_disk(path: Path) -> None:
+    """A file or a folder's entries are on the disk when this returns, also if the power fails."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of the log; a last line that a killed run left unfinished is not one."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def keep_log_until(path: Path, step: int) -> None:
+    """Drop the steps that will be done again."""
+    kept = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when it is full; a former one of that name is then replaced."""
+    unfinished = target.with_name(target.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        report = Training(parse_options(argv)).run()
+    except (InputError, ValueError, FileNotFoundError) as error:
+        say(f"error: {error}")
+        return 2
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
