@@ -1,4 +1,4 @@
-"""Measure what Infini-attention costs: reading, decoding, memory.
+"""Measure what Infini-attention costs: reading, decoding, training, memory.
 
     python scripts/benchmark.py MODEL                                  # everything, a converted or a plain Llama
     python scripts/benchmark.py MODEL --tasks prefill --segments 4 16  # one task
@@ -9,8 +9,16 @@ Tasks
               independent texts. Same weights, same run, in turn; the ratio is of medians.
     decode    time per token after a short and a long context, at the same place in the segment, in turn; and of the tokens
               that complete a segment.
+    train     a training step (forward with labels, backward, gradients cleared) of our model on S segments of one text,
+              against two floors: the base Llama on the same segments as one batch of independent texts, and as batches
+              of as many segments as our blocks have, whose gradients add up. All checkpoint their activations, the base
+              by layer, ours by block. The optimizer's step costs all the same and would hide the difference; it is
+              timed with them only on request. The one batch needs room for three times the logits of the whole text.
     memory    peak memory of a plain `generate()` on prompts of different lengths, each in a process of its own, with a
               small random model.
+    train-memory
+              peak memory that a training step on texts of different lengths adds to weights and gradients, with
+              checkpointed blocks and without, each in a process of its own, with a small random model.
 
 For people everything goes to stderr; the last line on stdout is one JSON document.
 """
@@ -19,12 +27,12 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -34,8 +42,9 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.scripts.generate import peak_memory, positive
 
-TASKS = ("prefill", "decode", "memory")
+TASKS = ("prefill", "decode", "train", "memory", "train-memory")
 
 
 def say(text: str = "") -> None:
@@ -51,9 +60,12 @@ def load_pair(name: str, dtype: torch.dtype, device: str, **settings: int | None
         InfiniLlamaForCausalLM.from_pretrained(name, config=InfiniLlamaConfig(**fields), dtype=dtype).to(device).eval()
     )
     own = {"segment_length", "memory_update", "gate_init", "block_segments", "layer_types"}
+    attention = ours.config._attn_implementation
+    fields = {k: v for k, v in fields.items() if k not in own} | {"attn_implementation": attention}
     with torch.device("meta"):
-        base = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in fields.items() if k not in own}))
+        base = LlamaForCausalLM(LlamaConfig(**fields))
     base.load_state_dict({k: v for k, v in ours.state_dict().items() if "memory_gate" not in k}, assign=True)
+    base.tie_weights()  # one parameter with one gradient, as in ours
     base.model.rotary_emb = ours.model.rotary_emb  # its tables are no part of the weights
     return ours, base.eval()
 
@@ -87,36 +99,64 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def in_turn(calls: dict[str, Callable], repeats: int, title: str, device: str) -> dict[str, list[float]]:
+    """The seconds that each call takes, round after round; the first round is warm-up and does not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in tqdm(range(repeats + 1), desc=title, leave=False, disable=None):
+        for name, call in calls.items():
+            elapsed = seconds(device, call)
+            if repeat > 0:
+                times[name].append(elapsed)
+    return times
+
+
+def against(ours: list[float], floor: list[float]) -> dict:
+    return {
+        "floor_s": spread(floor),
+        "ratio_of_medians": statistics.median(ours) / statistics.median(floor),
+        "pair_ratios": spread([a / b for a, b in zip(ours, floor)]),
+    }
+
+
+def rows_by_rule(times: dict[str, list[float]], rules: list[str], count: int, tokens: int) -> list[dict]:
+    """For each rule, our times on this many segments and tokens, against the floor and, if there is one, that in blocks."""
+    rows = []
+    for rule in rules:
+        mine = spread(times[rule])
+        row = {"segments": count, "rule": rule, "ours_s": mine, "tokens_per_s": tokens / mine["median"]}
+        row |= against(times[rule], times["floor"])
+        if "floor in blocks" in times:
+            row["in_blocks"] = against(times[rule], times["floor in blocks"])
+        rows.append(row)
+        line = f"{count:>8} {rule:>7} {mine['median']:>9.3f} {row['tokens_per_s']:>9.0f}"
+        for floor in (row, row.get("in_blocks")):
+            if floor is not None:
+                pairs = floor["pair_ratios"]
+                line += f" {floor['floor_s']['median']:>9.3f} {floor['ratio_of_medians']:>11.3f}"
+                line += f"  {pairs['min']:>5.3f}..{pairs['max']:<5.3f}"
+        say(line)
+    return rows
+
+
+HEADER = f"{'segments':>8} {'rule':>7} {'ours s':>9} {'tokens/s':>9} {'floor s':>9} {'ours/floor':>11}  pairs min..max"
+
+
 @torch.no_grad()
 def bench_prefill(ours, base, segments: list[int], rules: list[str], repeats: int, device: str) -> list[dict]:
     length = ours.config.segment_length
+
+    def read(rule: str, ids: torch.Tensor) -> None:
+        ours.config.memory_update = rule
+        ours(ids, logits_to_keep=1)
+
     rows = []
-    say(
-        f"{'segments':>8} {'rule':>7} {'floor s':>9} {'ours s':>9} {'ours/floor':>11}  pairs min..max  {'tokens/s':>9}"
-    )
+    say(HEADER)
     for count in segments:
         ids = torch.randint(ours.config.vocab_size, (1, count * length), device=device)
-        times: dict[str, list[float]] = {name: [] for name in ("floor", *rules)}
-        for repeat in tqdm(range(repeats + 1), desc=f"{count} segments", leave=False, disable=None):
-            for name, measured in times.items():
-                if name == "floor":
-                    elapsed = seconds(device, base, ids.view(count, length), use_cache=False, logits_to_keep=1)
-                else:
-                    ours.config.memory_update = name
-                    elapsed = seconds(device, ours, ids, logits_to_keep=1)
-                if repeat > 0:  # the first is warm-up
-                    measured.append(elapsed)
-        for rule in rules:
-            pairs = [a / b for a, b in zip(times[rule], times["floor"])]
-            floor, mine = spread(times["floor"]), spread(times[rule])
-            ratio = mine["median"] / floor["median"]
-            row = {"segments": count, "rule": rule, "floor_s": floor, "ours_s": mine, "ratio_of_medians": ratio}
-            row |= {"pair_ratios": spread(pairs), "tokens_per_s": ids.numel() / mine["median"]}
-            rows.append(row)
-            say(
-                f"{count:>8} {rule:>7} {floor['median']:>9.3f} {mine['median']:>9.3f} {ratio:>11.3f}  "
-                f"{min(pairs):.3f}..{max(pairs):.3f}  {row['tokens_per_s']:>11.0f}"
-            )
+        calls = {"floor": partial(base, ids.view(count, length), use_cache=False, logits_to_keep=1)}
+        calls |= {rule: partial(read, rule, ids) for rule in rules}
+        times = in_turn(calls, repeats, f"{count} segments", device)
+        rows += rows_by_rule(times, rules, count, ids.numel())
     return rows
 
 
@@ -172,16 +212,73 @@ def bench_decode(ours, base, contexts: list[int], tokens: int, device: str) -> d
     return result
 
 
+def checkpoint_activations(model) -> None:
+    # Transformers 5.22 renamed it.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+def bench_train(
+    ours,
+    base,
+    segments: list[int],
+    rules: list[str],
+    repeats: int,
+    device: str,
+    checkpointing: bool,
+    autocast: bool,
+    optimizer_step: bool,
+) -> list[dict]:
+    """Steps of both models in turn. They share their weights, which stay as they are, and not their gradients."""
+    length, block = ours.config.segment_length, ours.config.block_length
+    optimizers = {}
+    for model in (ours, base):
+        model.train()
+        if checkpointing:
+            checkpoint_activations(model)
+        # The whole arithmetic of a step, and no change.
+        optimizers[model] = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def step(model, *batches: torch.Tensor, rule: str | None = None) -> None:
+        if rule is not None:
+            model.config.memory_update = rule
+        rows = sum(len(batch) for batch in batches)
+        for ids in batches:
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            (loss * (len(ids) / rows)).backward()
+        if optimizer_step:
+            optimizers[model].step()
+        optimizers[model].zero_grad()
+
+    rows = []
+    say(f"{HEADER}  {'in blocks':>8} {'ours/that':>11}  pairs min..max")
+    for count in segments:
+        ids = torch.randint(ours.config.vocab_size, (1, count * length), device=device)
+        texts = ids.view(count, length)
+        calls = {
+            "floor": partial(step, base, texts),
+            "floor in blocks": partial(step, base, *texts.split(block // length)),
+        }
+        calls |= {rule: partial(step, ours, ids, rule=rule) for rule in rules}
+        times = in_turn(calls, repeats, f"{count} segments", device)
+        rows += rows_by_rule(times, rules, count, ids.numel())
+    return rows
+
+
+def in_process(*arguments: str, **environment: str) -> dict:
+    """What `CHILDREN[arguments[0]]` returns in a fresh process, so that its peak is its own."""
+    command = [sys.executable, os.path.abspath(__file__), "none", "--child", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        raise RuntimeError(f"measuring {' '.join(arguments)} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def bench_memory(lengths: list[int]) -> dict:
     """Peak resident memory of a plain `generate()`, a fresh process for each length."""
     peaks = {}
     for length in lengths:
-        command = [sys.executable, os.path.abspath(__file__), "none", "--memory-child", str(length)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"measuring {length} tokens failed: {done.stderr.strip()[-2000:]}")
-        peaks[str(length)] = json.loads(done.stdout.splitlines()[-1])
-        child = peaks[str(length)]
+        child = peaks[str(length)] = in_process("memory", str(length))
         say(
             f"{length:>9} tokens: peak {child['peak_mb']:.1f} MB, {child['peak_mb'] - child['ids_mb']:.1f} MB without the "
             f"input ids, {child['seconds']:.1f} s"
@@ -195,11 +292,27 @@ def bench_memory(lengths: list[int]) -> dict:
     return {"lengths": peaks, "long_over_short": ratio, "long_over_short_added": growth}
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+def bench_train_memory(segments: list[int]) -> dict:
+    """Peak resident memory that a training step adds, a fresh process for each length, checkpointed and plain."""
+    result: dict[str, dict] = {}
+    for mode in ("checkpointed", "plain"):
+        # glibc is to return what is freed: by default it comes to keep tensors in its heap, whose holes add to the peak.
+        peaks = {
+            str(count): in_process("train-memory", str(count), mode, MALLOC_MMAP_THRESHOLD_="65536")
+            for count in segments
+        }
+        for count, child in peaks.items():
+            say(
+                f"{count:>6} segments, {mode:>12}: activations {child['activations_mb']:.1f} MB, beside "
+                f"{child['start_mb']:.1f} MB of the process with weights and gradients, {child['seconds']:.1f} s"
+            )
+        ratio = peaks[str(segments[-1])]["activations_mb"] / peaks[str(segments[0])]["activations_mb"]
+        say(f"longest over shortest, {mode}: {ratio:.3f}")
+        result[mode] = {"segments": peaks, "long_over_short": ratio}
+    return result
 
 
-def memory_child(length: int) -> dict:
+def memory_child(length: str) -> dict:
     torch.manual_seed(0)
     config = InfiniLlamaConfig(
         vocab_size=1024,
@@ -215,11 +328,11 @@ def memory_child(length: int) -> dict:
     )
     model = InfiniLlamaForCausalLM(config).eval()
     model.generate(torch.randint(1, 1024, (1, 8)), max_new_tokens=4, do_sample=False)  # what loads once
-    before = peak_mb()
-    ids = torch.randint(1, 1024, (1, length))
+    before = peak_memory() / 2**20
+    ids = torch.randint(1, 1024, (1, int(length)))
     elapsed = seconds("cpu", model.generate, ids, max_new_tokens=8, do_sample=False)
     return {
-        "peak_mb": peak_mb(),
+        "peak_mb": peak_memory() / 2**20,
         "start_mb": before,
         "ids_mb": 3
         * ids.numel()
@@ -229,32 +342,86 @@ def memory_child(length: int) -> dict:
     }
 
 
+def train_memory_child(segments: str, mode: str) -> dict:
+    torch.manual_seed(0)
+    config = InfiniLlamaConfig(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        segment_length=128,
+        block_segments=8,
+        tie_word_embeddings=True,
+    )
+    model = InfiniLlamaForCausalLM(config).train()
+    if mode == "checkpointed":
+        checkpoint_activations(model)
+
+    def step(tokens: int) -> None:
+        ids = torch.randint(1, config.vocab_size, (1, tokens))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    step(8)  # weights, gradients, and what loads once
+    model.zero_grad()
+    before = peak_memory() / 2**20
+    elapsed = seconds("cpu", step, int(segments) * config.segment_length)
+    peak = peak_memory() / 2**20
+    return {"peak_mb": peak, "start_mb": before, "activations_mb": peak - before, "seconds": elapsed}
+
+
+CHILDREN = {"memory": memory_child, "train-memory": train_memory_child}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a converted model or a plain Llama: a folder or a Hub id")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure")
-    parser.add_argument("--segments", type=int, nargs="+", default=[4, 8, 16, 32], help="prefill: segments per text")
-    parser.add_argument("--rules", nargs="+", default=["delta", "linear"], help="prefill: write rules")
-    parser.add_argument("--repeats", type=int, default=5, help="prefill: counted runs of each")
+    parser.add_argument(
+        "--segments", type=positive, nargs="+", help="prefill (4 8 16 32), train (16): segments per text"
+    )
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        choices=["delta", "linear", "none"],
+        default=["delta", "linear"],
+        help="prefill, train: write rules",
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="prefill, train: counted runs of each")
+    parser.add_argument("--no-checkpointing", action="store_true", help="train: both models keep their activations")
+    parser.add_argument("--autocast", action="store_true", help="train: under bfloat16 autocast")
+    parser.add_argument("--optimizer-step", action="store_true", help="train: with a step of AdamW, at rate 0")
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 200_704], help="decode: tokens read before")
-    parser.add_argument("--tokens", type=int, default=512, help="decode: tokens to time after each context")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32_000, 1_000_000], help="memory: prompt lengths")
-    parser.add_argument("--segment-length", type=int, help="override the model's")
-    parser.add_argument("--block-segments", type=int, help="override the model's")
+    parser.add_argument("--tokens", type=positive, default=512, help="decode: tokens to time after each context")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", default=[32_000, 1_000_000], help="memory: prompt lengths"
+    )
+    parser.add_argument(
+        "--memory-segments",
+        type=positive,
+        nargs="+",
+        default=[8, 64],
+        help="train-memory: segments per text, of 128 tokens, in blocks of 8",
+    )
+    parser.add_argument("--segment-length", type=positive, help="override the model's")
+    parser.add_argument("--block-segments", type=positive, help="override the model's")
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights"
     )
     parser.add_argument("--device", default="cpu", help="where to run")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=positive, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
-    parser.add_argument("--memory-child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.memory_child:
-        print(json.dumps(memory_child(args.memory_child)))
+    if args.child:
+        task, *arguments = args.child
+        print(json.dumps(CHILDREN[task](*arguments)))
         return
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -265,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dtype": args.dtype,
     }
-    if set(args.tasks) & {"prefill", "decode"}:
+    if set(args.tasks) & {"prefill", "decode", "train"}:
         ours, base = load_pair(
             args.model,
             getattr(torch, args.dtype),
@@ -274,6 +441,7 @@ def main(argv: list[str] | None = None) -> None:
             block_segments=args.block_segments,
         )
         cost = theory(ours.config)
+        result["attention"] = ours.config._attn_implementation
         result |= {"segment_length": ours.config.segment_length, "block_length": ours.config.block_length}
         result["theory"] = cost
         say(
@@ -282,12 +450,28 @@ def main(argv: list[str] | None = None) -> None:
         )
         rule = ours.config.memory_update
         if "prefill" in args.tasks:
-            result["prefill"] = bench_prefill(ours, base, args.segments, args.rules, args.repeats, args.device)
+            result["prefill"] = bench_prefill(
+                ours, base, args.segments or [4, 8, 16, 32], args.rules, args.repeats, args.device
+            )
             ours.config.memory_update = rule
         if "decode" in args.tasks:
             result["decode"] = bench_decode(ours, base, args.contexts, args.tokens, args.device)
+        if "train" in args.tasks:
+            result["train"] = bench_train(
+                ours,
+                base,
+                args.segments or [16],
+                args.rules,
+                args.repeats,
+                args.device,
+                checkpointing=not args.no_checkpointing,
+                autocast=args.autocast,
+                optimizer_step=args.optimizer_step,
+            )
     if "memory" in args.tasks:
         result["memory"] = bench_memory(args.lengths)
+    if "train-memory" in args.tasks:
+        result["train_memory"] = bench_train_memory(args.memory_segments)
     print(json.dumps(result))
 
 
