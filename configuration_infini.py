@@ -1,7 +1,7 @@
 """Configuration of InfiniLlama: Llama with Infini-attention (arXiv 2404.07143)."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers import LlamaConfig
@@ -79,6 +79,15 @@ class InfiniLlamaConfig(LlamaConfig):
                 f"`segment_length` ({self.segment_length}) exceeds the {trained_length} positions that the base model "
                 "was trained on. Choose a shorter segment."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without `layer_types` while all are the default: `Trainer` reads the config of a checkpoint that it resumes
+        from as a plain `PreTrainedConfig`, which refuses the names of layers that it does not know.
+        """
+        fields = super().to_dict()
+        if set(self.layer_types) == {LAYER_TYPE}:
+            del fields["layer_types"]
+        return fields
 
     @property
     def block_length(self) -> int:

@@ -3,20 +3,16 @@
 import contextlib
 import functools
 import itertools
-import json
-import math
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, base_llama, random_ids, tiny_config, tiny_model
+from tiny import base_llama, random_ids, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    Trainer,
-    TrainingArguments,
     modeling_flash_attention_utils,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -781,112 +777,3 @@ def test_keys_of_any_size_are_read_exactly(rule, key):
     logits = model(ids).logits
     assert_reads_memory(model, ids)
     assert_close(logits, model.double()(ids).logits.float())
-
-
-# Trainer and PEFT
-
-
-def padded_batch(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
-
-
-def test_the_trainer_trains_evaluates_and_saves(tmp_path):
-    """`transformers.Trainer`, unpatched, on texts of unequal length: finite losses, gates that move, a checkpoint that
-    loads, and predictions without the cache in them.
-    """
-    model = tiny_model()
-    gates = [gate.clone() for gate in gates_of(model)]
-    texts = [{"input_ids": random_ids(length)} for length in (LONG, 23, 12, N)]
-    arguments = TrainingArguments(
-        tmp_path,
-        max_steps=2,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_steps=2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model, arguments, train_dataset=texts, eval_dataset=texts, data_collator=padded_batch)
-    trainer.train()
-    losses = [log[key] for log in trainer.state.log_history for key in ("loss", "eval_loss") if key in log]
-    assert len(losses) == 4 and all(map(math.isfinite, losses))
-    assert losses[-1] < losses[1]  # eval_loss after two steps and after one
-    assert all((now != before).any() for now, before in zip(gates_of(model), gates))
-    loaded = InfiniLlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
-    assert_equal(loaded.state_dict(), model.state_dict())
-    assert trainer.predict(texts).predictions.shape == (4, LONG, VOCAB_SIZE)
-
-
-def test_the_trainers_loss_counts_targets_over_accumulated_batches(tmp_path):
-    """Four texts of unequal length give the same first loss as one batch of four and as four batches of one."""
-    texts = [{"input_ids": random_ids(length)} for length in (LONG, 23, 12, N)]
-    model, losses = tiny_model(), []
-    state = {name: x.clone() for name, x in model.state_dict().items()}
-    for batch_size in (4, 1):
-        model.load_state_dict(state)
-        arguments = TrainingArguments(
-            tmp_path,
-            max_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=4 // batch_size,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model, arguments, train_dataset=texts, data_collator=padded_batch)
-        trainer.train()
-        losses.append(trainer.state.log_history[0]["loss"])
-    # The Trainer adds up four float32 losses that each are divided by the number of all targets.
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-# PEFT asks Transformers for it by its old name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_an_adapter_carries_the_gates(tmp_path):
-    """LoRA with `modules_to_save=["memory_gate"]` trains the gates beside the adapter, with checkpoints too; saved and
-    loaded on the bare model it gives the same logits, merged too, and switched off it leaves the bare model.
-    """
-    peft = pytest.importorskip("peft", reason="adapters need PEFT, the extra `train`")
-    bare, ids = tiny_model(), random_ids(2, LONG)
-    state = {name: x.clone() for name, x in bare.state_dict().items()}
-    with torch.no_grad():
-        bare_logits = bare(ids).logits
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["memory_gate"])
-    model = peft.get_peft_model(bare, lora)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in trained.items()}
-    assert sum("memory_gate" in name for name in trained) == 2
-    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
-    for _ in range(2):  # LoRA's B starts at 0, so its A moves in the second step only
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all((p != before[name]).any() for name, p in trained.items())
-
-    expected = loss_and_gradients(model, input_ids=ids)
-    enable_checkpointing(bare)
-    assert_close(loss_and_gradients(model, input_ids=ids), expected)
-
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids).logits
-        with model.disable_adapter():
-            assert_equal(model(input_ids=ids).logits, bare_logits)
-        model.save_pretrained(tmp_path)
-        other = tiny_model()
-        other.load_state_dict(state)
-        assert_equal(peft.PeftModel.from_pretrained(other, tmp_path).eval()(input_ids=ids).logits, logits)
-        merged = model.merge_and_unload()
-        assert type(merged) is InfiniLlamaForCausalLM
-        assert_close(merged(input_ids=ids).logits, logits)
-        merged.save_pretrained(tmp_path / "merged")
-        assert json.loads((tmp_path / "merged/config.json").read_text())["model_type"] == "infini_llama"
-        assert_equal(InfiniLlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict(), merged.state_dict())
