@@ -1,0 +1,320 @@
+"""Retrieval tasks made on the fly: something is hidden in a long text, and asked for at its end.
+
+    task = TASKS["passkey"](tokenizer, segment_length=64)
+    sample = task.sample(random.Random(0), length=4096)
+    tokenizer.decode(sample.ids[sample.answer])  # " 51934."
+
+| task | hidden | text | after |
+| --- | --- | --- | --- |
+| `passkey` | a number of five digits | five short sentences, repeated | Infini-attention, arXiv 2404.07143, appendix B |
+| `needle` | numbers, words or uuids under keys, one of them asked | prose, or as for passkey | RULER's NIAH tasks, arXiv 2404.06654 |
+| `copy` | random tokens | one token, repeated | for tiny models, which need no tokenizer |
+
+A sample is intro, haystack, question and answer, with the needles somewhere in the haystack. Each part is tokenised by
+itself, as it is after a full stop, and parts are joined as tokens: the haystack once, so that a sample of 100,000
+tokens takes milliseconds. Needles stand between two sentences of the haystack, if it has any.
+"""
+
+import bisect
+import random
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TASKS", "Copy", "Needle", "Passkey", "RetrievalTask", "Sample", "opening_ids"]
+
+INTRO = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+    "about the important information there."
+)
+FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+VALUES = ("numbers", "words", "uuids")
+ADJECTIVES = (
+    "amber ancient bitter brave bright broken calm clever cold curious dark distant dusty eager early empty faint "
+    "fierce gentle golden hidden hollow humble icy idle jolly lazy little lonely loud lucky mellow narrow noisy pale "
+    "patient plain proud quiet rapid rough rusty silent silver simple slow stormy wild"
+).split()
+NOUNS = (
+    "anchor apple arrow basket beacon bell bridge candle canyon castle cloud compass copper desert drum eagle engine "
+    "falcon feather forest garden glacier hammer harbor island jacket kettle ladder lantern lemon marble meadow mirror "
+    "needle orchard paper pepper pigeon river saddle shadow spoon statue thunder ticket tunnel violin window"
+).split()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sequence of a task: its tokens, and where answer and (asked) needle are in them."""
+
+    ids: list[int]
+    answer: slice
+    needle: slice
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that the tokenizer puts before a text: its beginning-of-text token, if it adds one."""
+    begin = [tokenizer.bos_token_id]
+    return begin if tokenizer("")["input_ids"][:1] == begin else []
+
+
+class RetrievalTask:
+    """What the tasks share: the layout of a sample. A task sets `intro`, `haystack` and `cuts`, and has a `draw`.
+
+    Args:
+        segment_length: of the model, or None if samples need not care.
+        outside_last_segment: probability that the needle of a sample whose depth is drawn ends before the segment
+            in which the question begins, so that only memory can answer. It has no effect without `segment_length`,
+            and for samples that are too short for it; there the needle is anywhere.
+    """
+
+    def __init__(self, *, segment_length: int | None = None, outside_last_segment: float = 0.85):
+        if not 0 <= outside_last_segment <= 1:
+            raise ValueError(f"outside_last_segment is {outside_last_segment}: give a probability, from 0 to 1")
+        self.segment_length = segment_length
+        self.outside_last_segment = outside_last_segment
+        self.intro: list[int] = []
+        self.haystack: list[int] = []
+        # Ascending places in the haystack at which a needle may be put.
+        self.cuts: list[int] = []
+
+    def draw(self, rng: random.Random) -> tuple[list[list[int]], list[int], list[int]]:
+        """Return tokens: the needles, of which the first is asked for, the question and the answer."""
+        raise NotImplementedError
+
+    def sample(
+        self, rng: random.Random, length: int, *, depth: float | None = None, continued: bool = False
+    ) -> Sample:
+        """Draw a sample.
+
+        Args:
+            rng: the same state gives the same sample.
+            length: tokens of the sample, all of them: intro, haystack, needles, question and answer.
+            depth: where the needle starts, from 0 for the start of the haystack to 1 for its end, to the next end of a
+                sentence; None draws it, see `outside_last_segment`.
+            continued: leave out the intro, for a sequence that goes on with a text.
+        """
+        if depth is not None and not 0 <= depth <= 1:
+            raise ValueError(f"depth is {depth}: give a number from 0 (start) to 1 (end), or None to draw it")
+        (asked, *others), question, answer = self.draw(rng)
+        intro = [] if continued else self.intro
+        needed = len(intro) + len(asked) + sum(map(len, others)) + len(question) + len(answer)
+        if length < needed:
+            raise ValueError(
+                f"length {length} is too short for {type(self).__name__}, whose intro, needles, question and answer "
+                f"take {needed} tokens: give at least that many"
+            )
+        offset = self.first_token(rng)
+        room = length - needed
+        cuts = self.cuts_of_window(offset, room)
+        others = sorted(((rng.choice(cuts), needle) for needle in others), key=lambda other: other[0])
+        # Where the needle starts for each cut: behind the other needles, except those at the very same cut.
+        starts, waiting, passed = [], others[::-1], 0
+        for cut in cuts:
+            while waiting and waiting[-1][0] < cut:
+                passed += len(waiting.pop()[1])
+            starts.append(len(intro) + cut + passed)
+        first, last = starts[0], length - len(answer) - len(question) - len(asked)
+        if depth is None:
+            if self.segment_length and rng.random() < self.outside_last_segment:
+                question_segment = (length - len(answer) - len(question)) // self.segment_length
+                before_segment = question_segment * self.segment_length - len(asked)
+                last = before_segment if before_segment >= first else last
+            depth = rng.random()
+        chosen = closest(starts[: bisect.bisect_right(starts, last)], first + depth * (last - first))
+        # Sorting is stable: the asked needle comes before others at the same cut, as `starts` has it.
+        placed = sorted([(cuts[chosen], asked), *others], key=lambda other: other[0])
+        ids, position = list(intro), 0
+        for cut, needle in placed:
+            ids += self.window(offset + position, cut - position) + needle
+            position = cut
+        ids += self.window(offset + position, room - position) + question + answer
+        assert len(ids) == length
+        start = starts[chosen]
+        return Sample(ids, slice(length - len(answer), length), slice(start, start + len(asked)))
+
+    def filler(self, rng: random.Random, length: int, start: bool) -> list[int]:
+        """Return `length` tokens of haystack, after the intro if they start a text."""
+        intro = self.intro[:length] if start else []
+        return intro + self.window(self.first_token(rng), length - len(intro))
+
+    def first_token(self, rng: random.Random) -> int:
+        """Where in the haystack a sample begins: it is the same everywhere, unless a task says otherwise."""
+        return 0
+
+    def window(self, offset: int, length: int) -> list[int]:
+        """Tokens of the haystack, which goes on from its start after its end."""
+        offset %= len(self.haystack)
+        tokens = self.haystack[offset : offset + length]
+        missing = length - len(tokens)
+        return tokens + (self.haystack * (missing // len(self.haystack) + 1))[:missing] if missing else tokens
+
+    def cuts_of_window(self, offset: int, length: int) -> list[int]:
+        """Ascending places in a window at which a needle may be put; its start and end are among them."""
+        size = len(self.haystack)
+        shifts = range(-offset, length, size)
+        inside = [cut + shift for shift in shifts for cut in self.cuts if 0 < cut + shift < length]
+        return [0, *inside, length] if length else [0]
+
+
+class Passkey(RetrievalTask):
+    """The passkey of the paper: a number between sentences that repeat.
+
+    Args:
+        digits: of the number.
+        segment_length, outside_last_segment: see `RetrievalTask`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        digits: int = 5,
+        segment_length: int | None = None,
+        outside_last_segment: float = 0.85,
+    ):
+        super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
+        if digits < 1:
+            raise ValueError(f"digits is {digits}: give at least 1")
+        self.tokenizer, self.digits = tokenizer, digits
+        self.intro = opening_ids(tokenizer) + plain_ids(tokenizer, INTRO)
+        self.haystack = inner_ids(tokenizer, FILLER)
+        self.cuts = sentence_ends(tokenizer, self.haystack)
+
+    def draw(self, rng):
+        key = rng.randrange(10 ** (self.digits - 1), 10**self.digits)
+        needle = f" The pass key is {key}. Remember it. {key} is the pass key."
+        parts = (needle, " What is the pass key? The pass key is", f" {key}.")
+        needle, question, answer = (inner_ids(self.tokenizer, part) for part in parts)
+        return [needle], question, answer
+
+
+class Needle(RetrievalTask):
+    """A value under a key, hidden in prose, in RULER's words.
+
+    Args:
+        haystack: the prose, as tokens or as a text; without it, the sentences of `Passkey`. Each sample begins at
+            another of its sentences.
+        values: `"numbers"` (seven digits), `"words"` or `"uuids"`.
+        num_needles: values in a sample, each under a key of its own; one of them is asked for.
+        segment_length, outside_last_segment: see `RetrievalTask`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        haystack: Sequence[int] | str | None = None,
+        values: str = "numbers",
+        num_needles: int = 1,
+        segment_length: int | None = None,
+        outside_last_segment: float = 0.85,
+    ):
+        super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
+        if values not in VALUES:
+            raise ValueError(f"values is {values!r}: choose one of {', '.join(VALUES)}")
+        if not 1 <= num_needles <= len(ADJECTIVES) * len(NOUNS):
+            raise ValueError(f"num_needles is {num_needles}: give 1 to {len(ADJECTIVES) * len(NOUNS)}")
+        self.tokenizer, self.values, self.num_needles = tokenizer, values, num_needles
+        noun = f"special magic {values if num_needles > 1 else values.removesuffix('s')}"
+        hidden = f"Some {noun} are hidden" if num_needles > 1 else f"A {noun} is hidden"
+        quiz = f"Make sure to memorize it. I will quiz you about the {noun.removeprefix('special magic ')} afterwards."
+        self.noun = f"special magic {values.removesuffix('s')}"
+        self.intro = opening_ids(tokenizer) + plain_ids(tokenizer, f"{hidden} within the following text. {quiz}")
+        if haystack is None or isinstance(haystack, str):
+            haystack = inner_ids(tokenizer, FILLER if haystack is None else haystack)
+        self.haystack = list(haystack)
+        if not self.haystack:
+            raise ValueError("haystack is empty: give prose, or leave it out for sentences that repeat")
+        # Without sentences, as in a list, anywhere.
+        self.cuts = sentence_ends(tokenizer, self.haystack) or list(range(1, len(self.haystack) + 1))
+
+    def first_token(self, rng):
+        return rng.choice(self.cuts)
+
+    def draw(self, rng):
+        keys = draw_words(rng, self.num_needles)
+        values = [self.draw_value(rng) for _ in keys]
+        needles = [f" One of the special magic {self.values} for {k} is: {v}." for k, v in zip(keys, values)]
+        described = f"{self.noun} for {keys[0]} mentioned in the provided text"
+        question = f" What is the {described}? The {described} is"
+        *needles, question, answer = (
+            inner_ids(self.tokenizer, part) for part in (*needles, question, f" {values[0]}.")
+        )
+        return needles, question, answer
+
+    def draw_value(self, rng: random.Random) -> str:
+        if self.values == "numbers":
+            return str(rng.randrange(10**6, 10**7))
+        return draw_words(rng, 1)[0] if self.values == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+class Copy(RetrievalTask):
+    """Random tokens, a gap, a cue, and the same tokens again: what a model can learn that knows no language.
+
+    Args:
+        tokenizer: its tokens without the special ones are used; or
+        vocab_size: tokens are 0 to vocab_size - 1. The first token of all is the filler, the second the cue.
+        num_tokens: to be repeated.
+        segment_length, outside_last_segment: see `RetrievalTask`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        vocab_size: int | None = None,
+        num_tokens: int = 5,
+        segment_length: int | None = None,
+        outside_last_segment: float = 0.85,
+    ):
+        super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
+        if tokenizer is None and vocab_size is None:
+            raise ValueError("tokenizer and vocab_size are missing: give one of them")
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens is {num_tokens}: give at least 1")
+        special = () if tokenizer is None else set(tokenizer.all_special_ids)
+        size = len(tokenizer) if vocab_size is None else vocab_size
+        usable = [token for token in range(size) if token not in special]
+        if len(usable) < 3:
+            raise ValueError(f"vocab_size is {size}: filler, cue and content need at least 3 ordinary tokens")
+        filler, self.cue, *self.content = usable
+        self.num_tokens = num_tokens
+        self.intro = [] if tokenizer is None else opening_ids(tokenizer)
+        self.haystack, self.cuts = [filler], [1]
+
+    def draw(self, rng):
+        content = rng.choices(self.content, k=self.num_tokens)
+        return [content], [self.cue], content
+
+
+TASKS = {"passkey": Passkey, "needle": Needle, "copy": Copy}
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text alone. Texts here may be longer than a base model's context, which is nothing to warn of."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def inner_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text as it is after a full stop: some tokenizers begin the first word of a text in another way."""
+    before, whole = plain_ids(tokenizer, "."), plain_ids(tokenizer, f".{text}")
+    return whole[len(before) :] if whole[: len(before)] == before else plain_ids(tokenizer, text)
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Places right after a token that ends a sentence."""
+    ends = {index for token, index in tokenizer.get_vocab().items() if token.endswith((".", "!", "?"))}
+    return [place for place, token in enumerate(ids, start=1) if token in ends]
+
+
+def closest(numbers: list[int], target: float) -> int:
+    """Index of the number that is closest to a target, among ascending ones."""
+    after = bisect.bisect_left(numbers, target)
+    return min((i for i in (after - 1, after) if 0 <= i < len(numbers)), key=lambda i: abs(numbers[i] - target))
+
+
+def draw_words(rng: random.Random, count: int) -> list[str]:
+    """Different words, each of an adjective and a noun."""
+    numbers = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
+    return [f"{ADJECTIVES[n // len(NOUNS)]}-{NOUNS[n % len(NOUNS)]}" for n in numbers]
