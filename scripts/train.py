@@ -23,6 +23,7 @@ The last line on stdout is one JSON document; everything else goes to stderr. Th
 in the input, or a loss that is no number, stops the run.
 """
 
+import argparse
 import copy
 import dataclasses
 import difflib
@@ -44,11 +45,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, get_scheduler
 
 from infini_llama.cache_infini import InfiniCache
+from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts.generate import InputError, load_model, one_line, say
 from infini_llama.scripts.training_data import Batch, Mixture
@@ -140,6 +142,9 @@ class TrainingOptions:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise InputError(f"`{name}` is {getattr(self, name)}: give at least {least}")
+        if self.report_to not in ("none", *LoggerType.list()):
+            trackers = ", ".join(("none", *LoggerType.list()))
+            raise InputError(f"`report_to` is {self.report_to!r}: choose one of {trackers}")
         if not 0 <= self.state_passing <= 1:
             raise InputError(f"`state_passing` is {self.state_passing}: give a share between 0 and 1")
         stages = len(self.sequence_length)
@@ -180,10 +185,15 @@ def parse_options(argv: list[str] | None = None) -> TrainingOptions:
     """
     parser = HfArgumentParser(TrainingOptions, description=__doc__, formatter_class=_HelpFormatter)
     parser.add_argument("recipe", nargs="?", help="YAML file with options")
-    recipe = parser.parse_known_args(argv)[0].recipe
+    recipe, values = parser.parse_known_args(argv)[0].recipe, None
     if recipe is not None:
-        parser.set_defaults(**read_recipe(recipe))
-    values = vars(parser.parse_args(argv))
+        parser.exit_on_error = False
+        try:
+            values = parser.parse_args(read_recipe(recipe))
+        except argparse.ArgumentError as error:
+            raise InputError(f"recipe '{recipe}': {error}") from error
+        parser.exit_on_error = True
+    values = vars(parser.parse_args(argv, values))
     del values["recipe"]
     for name in ("data", "eval_data"):
         values[name] = [_entry(name, entry) for entry in values[name]]
@@ -208,8 +218,8 @@ def _entry(name: str, entry: str | dict[str, Any]) -> str | dict[str, Any]:
     return entry
 
 
-def read_recipe(path: str) -> dict[str, Any]:
-    """Keys and values of a recipe."""
+def read_recipe(path: str) -> list[str]:
+    """A recipe as the command line that says the same, so that the parser checks and converts its values."""
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -217,18 +227,25 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise InputError(f"recipe '{path}' is no mapping of options to values")
     fields = {f.name: f for f in dataclasses.fields(TrainingOptions)}
+    argv = []
     for key, value in recipe.items():
+        if value is None:
+            continue
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1)
             raise InputError(
-                f"recipe '{path}' has the unknown option '{key}'" + f"; is it '{close[0]}'?" * bool(close)
+                f"recipe '{path}' has the unknown option '{key}'" + (f"; is it '{close[0]}'?" if close else "")
             )
         is_list = str(fields[key].type).startswith("list")
         if is_list != isinstance(value, list):
             raise InputError(f"recipe '{path}' has {key}: {value!r}; give a {'list' if is_list else 'single value'}")
-        if isinstance(value, float | int) and not is_list:
-            recipe[key] = str(value)  # argparse checks and converts what is text
-    return recipe
+        if value is False and "no" in fields[key].metadata.get("choices", ()):
+            value = "no"  # which YAML takes for false
+        if is_list:
+            argv += [f"--{key}", *(json.dumps(v, default=str) if isinstance(v, dict) else str(v) for v in value)]
+        else:
+            argv.append(f"--{key}={value}")
+    return argv
 
 
 # The loss
@@ -255,14 +272,14 @@ class CarriedMemory:
     """The memory of a text that grows without gradient, from which sequences start (arXiv 2507.02782).
 
     Args:
-        rng: of the lengths at which another text is begun.
-        max_tokens: the largest of them.
+        model: that reads.
+        max_tokens: the largest length at which another text is begun.
     """
 
     def __init__(self, model: InfiniLlamaForCausalLM, max_tokens: int):
         self.config, self.max_tokens = model.config, max_tokens
         self.cache: InfiniCache | None = None
-        self.tokens = self.target = 0
+        self.tokens = self.target = self.grown_at = 0
 
     @torch.no_grad()
     def extend(self, model: torch.nn.Module, text: torch.LongTensor) -> None:
@@ -282,15 +299,15 @@ class CarriedMemory:
         return cache
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"tokens": self.tokens, "target": self.target}
-        if self.cache is not None:
+        state = {"tokens": self.tokens, "target": self.target, "grown_at": self.grown_at}
+        if self.cache is not None and self.cache.layers[0].timeline is not None:  # that of another process stays empty
             layers = self.cache.layers
             state["timeline"], state["written_with"] = tuple(layers[0].timeline), layers[0].written_with
             state["layers"] = [layer.state() for layer in layers]
         return state
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.tokens, self.target = state["tokens"], state["target"]
+        self.tokens, self.target, self.grown_at = state["tokens"], state["target"], state["grown_at"]
         if "layers" in state:
             self.cache = InfiniCache(self.config)
             for layer, tensors in zip(self.cache.layers, state["layers"], strict=True):
@@ -315,6 +332,8 @@ class Training:
             raise InputError(
                 f"output '{self.output}' has checkpoints of a run already: go on with `--resume true`, or name another"
             )
+        if (self.output / "model").exists() and not latest_checkpoint(self.output):
+            raise InputError(f"output '{self.output}' has a 'model' already, which would be replaced: name another")
         precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16")
         self.accelerator = Accelerator(
             mixed_precision=precision,
@@ -322,6 +341,12 @@ class Training:
             log_with=None if options.report_to == "none" else options.report_to,
             project_config=ProjectConfiguration(project_dir=str(self.output), logging_dir=str(self.output)),
         )
+        if getattr(self.accelerator, "is_fsdp2", False) and self.accelerator.mixed_precision != "no":
+            # Accelerate's policy also rounds the loss, its weights, and sums of gradients.
+            fsdp = self.accelerator.state.fsdp_plugin
+            fsdp.mixed_precision_policy = dataclasses.replace(
+                fsdp.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+            )
         self.say = say if self.accelerator.is_main_process else lambda message: None
         set_seed(options.seed)
         model, self.tokenizer = build_model(options)
@@ -330,7 +355,9 @@ class Training:
         options.check_lengths(self.segment_length)
         self.mixture = Mixture(options.data, self.tokenizer, self.segment_length, options.seed)
         if options.eval_data:
-            self.evaluation_mixture()  # bad input shows now, not after a day
+            for mixture in self.evaluation_mixture():  # bad input shows now, not after a day
+                for length in options.eval_length or [max(options.sequence_length)]:
+                    mixture.next(1, length)
         if options.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.loss_function = weighted_causal_loss
@@ -352,6 +379,7 @@ class Training:
             # DeepSpeed asks for a batch size, and uses it for nothing that matters here.
             deepspeed = self.accelerator.state.deepspeed_plugin.deepspeed_config
             deepspeed["train_micro_batch_size_per_gpu"] = 1
+            deepspeed["gradient_clipping"] = options.max_grad_norm  # which it does itself
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.accelerator.register_for_checkpointing(self.scheduler)
 
@@ -367,6 +395,8 @@ class Training:
             self.resume()
         if accelerator.is_main_process:
             keep_log_until(self.log_path, self.step)
+            for remains in (self.output / "checkpoints").glob("*.unfinished"):
+                shutil.rmtree(remains)
             if accelerator.log_with:
                 accelerator.init_trackers("tracker", config=flat_options(options))
         parameters = sum(p.numel() for p in self.infini_model.parameters())
@@ -402,6 +432,7 @@ class Training:
         if evaluation is None:  # resumed at the end
             evaluation = self.evaluate()
         self.export()
+        gates = gate_summary(self.infini_model)
         accelerator.end_training()
         last = read_log(self.log_path)[-options.advance_window :]
         return {
@@ -409,7 +440,7 @@ class Training:
             "tokens": self.tokens,
             "sequence_length": self.sequence_length,
             "loss": sum(record["loss"] for record in last) / max(1, len(last)),
-            "gates": gate_summary(self.infini_model),
+            "gates": gates,
             "evaluation": evaluation,
             "skipped_documents": self.mixture.skipped_documents,
             "output": str(self.output),
@@ -434,8 +465,8 @@ class Training:
                 loss = self.forward_backward(batch, cache)
                 losses[batch.source][0] += loss
                 losses[batch.source][1] += 1
+                self.require_finite("loss", loss, batch.source)
                 if accelerator.sync_gradients:
-                    self.require_finite("loss", loss, batch.source)
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm)
                     norm = self.optimizer_norm() if norm is None else float(norm)
                     self.require_finite("gradient norm", norm, batch.source)
@@ -493,15 +524,21 @@ class Training:
     def next_batch(self, num_rows: int, length: int, index: int) -> tuple[Batch, InfiniCache | None]:
         """This process's share of the next batches, and the memory that its rows start from."""
         accelerator = self.accelerator
-        device, mine = accelerator.device, None
+        device, mine, anyone_reads = accelerator.device, None, False
         for rank in range(accelerator.num_processes):
             rng = random.Random(f"{self.options.seed}/memory/{self.step}/{index}/{rank}")
             continued = rng.random() < self.options.state_passing
             batch = self.mixture.next(num_rows, length, continued=continued)
-            memory = self.carry(batch.source, rng, length, rank) if continued else None
+            memory, text = self.carry(batch.source, rng, length, rank) if continued else (None, None)
+            anyone_reads |= text is not None
             if rank == accelerator.process_index:
-                mine = batch, memory
-        batch, memory = mine
+                mine = batch, memory, text
+        batch, memory, text = mine
+        if text is not None:
+            memory.extend(self.model, text.to(device))
+        elif anyone_reads:
+            # A forward pass is a matter of all processes: FSDP gathers parameters in it, and DDP broadcasts buffers.
+            CarriedMemory(self.infini_model, length).extend(self.model, batch.input_ids[:1].to(device))
         positions = batch.position_ids
         cache = None
         if memory is not None:
@@ -512,8 +549,10 @@ class Training:
         tensors = batch.input_ids, positions, batch.labels, batch.loss_weights
         return Batch(batch.source, *(x.to(device) for x in tensors)), cache
 
-    def carry(self, source: str, rng: random.Random, length: int, rank: int) -> CarriedMemory | None:
-        """The memory of other text of the same source, extended when it is time.
+    def carry(
+        self, source: str, rng: random.Random, length: int, rank: int
+    ) -> tuple[CarriedMemory, torch.LongTensor | None]:
+        """The memory of other text of the same source, and the text that it is to read now, if it is time.
 
         Every process draws the texts of all, so that their places in the sources agree, and reads its own.
         """
@@ -521,16 +560,17 @@ class Training:
         if key not in self.memories:
             self.memories[key] = CarriedMemory(self.infini_model, self.options.state_passing_tokens)
         memory = self.memories[key]
-        is_new = memory.target < memory.tokens + length
+        is_due = memory.tokens == 0 or self.step - memory.grown_at >= self.options.state_passing_every
+        is_new = is_due and memory.target < memory.tokens + length
         if is_new:
             memory.begin(rng, length)
-        if is_new or self.step % self.options.state_passing_every == 0:
-            text = self.mixture.filler(source, length, start=is_new)
-            if rank == self.accelerator.process_index:
-                memory.extend(self.model, text.to(self.accelerator.device))
-            else:
-                memory.tokens += length
-        return memory
+        if not is_due:
+            return memory, None
+        memory.grown_at = self.step
+        text = self.mixture.filler(source, length, start=is_new)
+        if rank != self.accelerator.process_index:
+            memory.tokens += length
+        return memory, text
 
     def require_finite(self, name: str, value: float, source: str) -> None:
         if not math.isfinite(value):
@@ -539,8 +579,9 @@ class Training:
                 f"the last checkpoint, '{checkpoint.name}', is kept" if checkpoint else "there is no checkpoint yet"
             )
             raise InputError(
-                f"{name} is {value} in step {self.step + 1}, in a batch of '{source}'; {after}. Lower `learning_rate` or "
-                "`gate_learning_rate`, raise `warmup_steps`, or look for broken text in that source"
+                f"{name} is {value} in step {self.step + 1}, in a batch of '{source}'; {after}. Begin "
+                "another run with a lower `learning_rate` or `gate_learning_rate`, or with more `warmup_steps`, or look for "
+                "broken text in that source"
             )
 
     def optimizer_norm(self) -> float:
@@ -682,10 +723,8 @@ class Training:
         if checkpoint is None:
             self.say(f"No checkpoint in '{self.output}' yet: the run begins at step 0")
             return
-        try:
+        with readable(checkpoint):
             state = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"checkpoint '{checkpoint}' cannot be read ({one_line(error)})") from error
         now, then = dataclasses.asdict(self.options), state["options"]
         for name, value in now.items():
             if name not in FREE_ON_RESUME and then.get(name) != value:
@@ -698,13 +737,14 @@ class Training:
                 f"there are {self.accelerator.num_processes} processes, but the checkpoint '{checkpoint}' is of a run with "
                 f"{state['num_processes']}: start as many, or begin another run in another output"
             )
-        self.accelerator.load_state(str(checkpoint))
+        with readable(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
+            own = torch.load(checkpoint / f"memories-{self.accelerator.process_index}.pt", weights_only=True)
         for name in ("step", "stage", "stage_start", "tokens"):
             setattr(self, name, state[name])
         self.window.extend(state["window"])
         self.mixture.load_state_dict(state["mixture"])
-        own = checkpoint / f"memories-{self.accelerator.process_index}.pt"
-        for key, memory in torch.load(own, weights_only=True).items():
+        for key, memory in own.items():
             self.memories[key] = CarriedMemory(self.infini_model, self.options.state_passing_tokens)
             self.memories[key].load_state_dict(memory, self.accelerator.device)
         self.say(f"Going on from '{checkpoint}'")
@@ -719,7 +759,13 @@ class Training:
         if self.options.lora_rank:
             with whole_folder(self.output / "adapter") as folder:
                 model.save_pretrained(folder, state_dict=weights)
-            model, weights = model.merge_and_unload(), None
+            # Another model than the trained one, which FSDP has cut into pieces.
+            model = add_adapter(build_model(self.options)[0], self.options)
+            model.load_state_dict(weights)
+            model = model.merge_and_unload()
+            weights = model.state_dict()
+        # Gathered from pieces, what is tied is there twice.
+        weights = {name: x for name, x in weights.items() if name not in model.all_tied_weights_keys}
         with whole_folder(self.output / "model") as folder:
             model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
@@ -733,6 +779,8 @@ def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTr
     else:
         try:
             config = AutoConfig.from_pretrained(options.model)
+            if not isinstance(config, InfiniLlamaConfig):
+                raise ValueError(f"it is a {config.model_type}: convert it first, with scripts/convert.py")
             tokenizer = AutoTokenizer.from_pretrained(options.model)
             for name, value in settings.items():
                 if value is not None:
@@ -779,7 +827,7 @@ def text_numbers(scores: torch.Tensor, rows: list[Batch], segment_length: int) -
     segments = torch.cat([row.position_ids for row in rows]) // segment_length
     bucket = torch.where(segments > 0, segments.float().log2().floor() + 1, torch.zeros(()))
     by_segments = {}
-    for index in bucket.unique().int().tolist():
+    for index in bucket[~losses.isnan()].unique().int().tolist():
         first, last = (0, 0) if index == 0 else (2 ** (index - 1), 2**index - 1)
         label = str(first) if first == last else f"{first}-{last}"
         by_segments[label] = losses[bucket == index].nanmean().item()
@@ -830,6 +878,16 @@ def latest_checkpoint(output: Path) -> Path | None:
     return next(reversed(checkpoints(output)), None)
 
 
+@contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each of the libraries that read its files has errors of its own
+        raise InputError(
+            f"checkpoint '{checkpoint}' cannot be read ({one_line(error)}): remove it, to go on from the one before it"
+        ) from error
+
+
 def sync_to_disk(path: Path) -> None:
     """A file or a folder's entries are on the disk when this returns, also if the power fails."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -852,6 +910,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def keep_log_until(path: Path, step: int) -> None:
     """Drop the steps that will be done again."""
+    if not path.exists():
+        return
     kept = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
     temporary = path.with_name(path.name + ".unfinished")
     temporary.write_text("".join(kept), encoding="utf-8")
