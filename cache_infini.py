@@ -416,6 +416,8 @@ def projection_fingerprint(*modules: nn.Module) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.int64, device=_execution_device(module))
         with _weights_at_hand(module):
             for tensor in [*module.parameters(), *module.buffers()]:
+                if hasattr(tensor, "to_local"):  # FSDP: what is here; to ask the other processes is a matter of all
+                    tensor = tensor.to_local()
                 flat = tensor.detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).view(torch.int16).long()
                 factors = torch.arange(1, 2 * len(sample), 2, device=sample.device)

@@ -1,5 +1,6 @@
-"""The README tells the truth: its commands and its Python run, in order, on a tiny Llama instead of SmolLM2."""
+"""README and docs tell the truth: their commands and Python run, in order, on a tiny Llama instead of SmolLM2."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -8,16 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_scripts import TEXT, tiny_tokenizer
 from tiny import base_llama, tiny_model
 
+from infini_llama.scripts.train import TrainingOptions
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+# A recipe's steps are too many for a test.
+FEWER = "--max_steps 2 --batch_tokens 384 --sequence_length 384 --eval_length 384 --eval_sequences 1".split()
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +46,14 @@ def test_the_commands_run_in_order(place: Path) -> None:
     for command in commands:
         script, *arguments = shlex.split(command)[1:]
         arguments = ["llama" if argument == HUB_ID else argument for argument in arguments]
+        if script == "scripts/train.py":
+            arguments = [str(ROOT / arguments[0]), *arguments[1:], *FEWER]
         done = subprocess.run(
             [sys.executable, ROOT / script, *arguments], cwd=place, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (place / "book.safetensors").exists()
+    assert (place / "passkey/model/config.json").exists()
 
 
 def test_the_python_runs_in_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +64,26 @@ def test_the_python_runs_in_order(place: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(block, "README.md", "exec"), session)
     assert session["answer"].shape[1] > session["question"].shape[1]
     assert session["cache"].get_seq_length() == session["ids"].shape[1]
+
+
+# TRL, PEFT and Trainer set what Transformers has renamed.
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
+def test_the_training_guide_runs_in_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python is one session, its command is the README's, its options and recipes are those there are."""
+    monkeypatch.chdir(place)
+    session: dict = {}
+    for block in blocks("python", TRAINING):
+        exec(compile(block, "training.md", "exec"), session)
+    assert session["loss"].isfinite() and session["adapted"].peft_config
+    assert set(blocks("bash", TRAINING)) <= set(blocks("bash"))
+    recipes = {path.name for path in (ROOT / "scripts/recipes").glob("*.yaml")}
+    assert set(re.findall(r"^\| `(\w+\.yaml)`", TRAINING, flags=re.MULTILINE)) == recipes
+    assert set(re.findall(r"--(\w+)", TRAINING)) <= {f.name for f in dataclasses.fields(TrainingOptions)} | {
+        "config_file",
+        "help",
+    }
+    for block in blocks("yaml", TRAINING):
+        assert set(yaml.safe_load(block)) <= {f.name for f in dataclasses.fields(TrainingOptions)}
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:
