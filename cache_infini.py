@@ -149,8 +149,8 @@ class InfiniCacheLayer(CacheLayerMixin):
         if self.memory is None:
             self.memory = self.pending = MemoryState.zeros(keys, values)
         rule, start = layout.memory_update, self.memory
-        sigma_k = sigma(keys)  # (B, T, K, D)
         if layout.num_segments == 0:
+            sigma_k = sigma(keys)  # (B, T, K, D)
             if layout.valid is not None:
                 sigma_k = sigma_k * layout.valid[:, :, None, None]  # sigma(0) is 1: padding must be taken out after it
             self.pending = self.pending.add(write(rule, sigma_k.transpose(1, 2), value_states, start))
@@ -160,14 +160,14 @@ class InfiniCacheLayer(CacheLayerMixin):
             return start
 
         def to_segments(x: torch.Tensor) -> torch.Tensor:
-            # (B * S, K, W, D); the products of `scan` are three times faster on contiguous operands.
-            rows = layout.to_segments(x).transpose(1, 2).contiguous()
-            return rows.unflatten(0, (x.shape[0], layout.num_segments))
+            return layout.to_segments(x).transpose(1, 2).unflatten(0, (x.shape[0], layout.num_segments))
 
+        # (B, S, K, W, D). Slots without a token are to stay 0 and sigma(0) is 1, so where there may be some, it comes first.
+        sigma_k = sigma(to_segments(keys)) if layout.token_index is None else to_segments(sigma(keys)).contiguous()
         starts, self.memory, self.pending = scan(
             rule,
-            to_segments(sigma_k),
-            to_segments(values),
+            sigma_k,  # contiguous, as the values: the products of `scan` are three times faster then
+            to_segments(values).to(sigma_k.dtype).contiguous(),
             start,
             self.pending,
             restarts=layout.restarts,

@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
 from .configuration_infini import InfiniLlamaConfig
-from .memory_infini import MemoryState, mix, read, sigma
+from .memory_infini import MemoryState, mix, open_gate, read, sigma
 from .timeline_infini import Layout, Timeline, block_widths, plan
 
 __all__ = [
@@ -137,13 +137,11 @@ class InfiniLlamaAttention(LlamaAttention):
     def _add_memory(self, attn_output: torch.Tensor, query_states: torch.Tensor, memory: MemoryState) -> torch.Tensor:
         """Equations 7 and 10 on (rows, slots, heads, head_dim); query head h reads the memory of KV head h // G."""
         groups = (-1, self.num_key_value_groups)
-
-        def by_kv_head(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(2, groups).transpose(1, 2)  # (rows, K, slots, G, head_dim)
-
-        retrieved = read(by_kv_head(sigma(query_states)), memory)
-        mixed = mix(self.memory_gate().unflatten(0, groups), by_kv_head(attn_output), retrieved, memory)
-        return mixed.transpose(1, 2).flatten(2, 3).to(attn_output.dtype)
+        gate = open_gate(self.memory_gate().unflatten(0, groups), memory)  # (rows, K, 1, G, 1)
+        sigma_q = sigma(query_states.unflatten(2, groups).transpose(1, 2))  # (rows, K, slots, G, head_dim)
+        gated_memory = read(sigma_q, memory, gate)
+        mixed = mix(gate.transpose(1, 2), attn_output.unflatten(2, groups), gated_memory.transpose(1, 2))
+        return mixed.flatten(2, 3).to(attn_output.dtype)
 
 
 class InfiniLlamaDecoderLayer(LlamaDecoderLayer):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from infini_llama.memory_infini import WRITE_RULES, MemoryState, mix, normalized, read, scan, sigma, write
+from infini_llama.memory_infini import WRITE_RULES, MemoryState, mix, normalized, open_gate, read, scan, sigma, write
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64 throughout
 RULES = list(WRITE_RULES)
@@ -148,12 +148,28 @@ def test_both_rules_add_up_inside_a_segment(rule: str) -> None:
 def test_mix_is_equation_10_and_local_alone_while_empty() -> None:
     """sigmoid(beta) is the share of the memory, per query head; a row without memory keeps all of A_local, bit for bit."""
     beta, local = torch.randn(2, 3), torch.randn(2, 2, 5, 3, 4)
-    retrieved = torch.randn(2, 2, 5, 3, 4)
+    sigma_q = sigma(torch.randn(2, 2, 5, 3, 4))
     memory = MemoryState(torch.randn(2, 2, 4, 4), torch.tensor([[[1.0] * 4] * 2, [[0.0] * 4] * 2]))
-    mixed = mix(beta, local, retrieved, memory)
-    gate = torch.sigmoid(beta)[None, :, None, :, None]
-    torch.testing.assert_close(mixed[0], (gate * retrieved + (1 - gate) * local)[0])
+    memory = MemoryState(memory.matrix * (memory.normalizer > 0)[..., None], memory.normalizer)
+    gate = open_gate(beta, memory)
+    mixed = mix(gate, local, read(sigma_q, memory, gate))
+    share = torch.sigmoid(beta)[None, :, None, :, None]
+    torch.testing.assert_close(mixed[0], (share * read(sigma_q, memory) + (1 - share) * local)[0])
     assert torch.equal(mixed[1], local[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_derivative_of_sigma_is_that_of_elu_in_the_dtype_of_its_input(dtype: torch.dtype) -> None:
+    """Also the second derivative, and for inputs that are not contiguous."""
+    x = torch.linspace(-6, 6, 24).reshape(4, 6).to(dtype).T.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    for function, at in ((sigma, x), (lambda y: nn.functional.elu(y) + 1, exact)):
+        (first,) = torch.autograd.grad((function(at) ** 2).sum(), at, create_graph=True)
+        assert first.dtype == at.dtype
+        first.sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+    assert sigma(x).is_contiguous()
 
 
 def test_the_delta_rule_replaces_a_binding_but_the_normalizer_counts_it_twice() -> None:
