@@ -323,7 +323,11 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 masks_allowed=not is_flash_attention_requested(config),
             )
             timeline = layout.after
-            forward = self._checkpoint_block if self.gradient_checkpointing and self.training else self._block_and_loss
+            # The backward pass begins with the last block: to compute that one twice would spare nothing. Unless a cache
+            # was given, with which there may be another call before it.
+            is_kept = stop == num_columns and returned_cache is None
+            checkpointing = self.gradient_checkpointing and self.training and not is_kept
+            forward = self._checkpoint_block if checkpointing else self._block_and_loss
             head = None if block_loss is None else partial(block_loss, columns=slice(start, stop))
             block = forward(inputs[:, start:stop], layout, past_key_values, head, **kwargs)
             kept = min(keep - (num_columns - stop), width)

@@ -103,7 +103,8 @@ class TrainingOptions:
         None, "Precision of matrix products; the launcher's, or bf16.", choices=["no", "bf16", "fp16"]
     )
     activation_checkpointing: bool = option(
-        True, "Compute each block twice and keep only its inputs: exact gradients with the activations of one block."
+        True,
+        "Keep only the inputs of all blocks but the last, and compute them twice: exact, in the memory of one block.",
     )
     block_segments: int | None = option(None, "Segments per block; by default what fits into 4,096 tokens.")
     detach_segments: int | None = option(

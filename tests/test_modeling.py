@@ -673,7 +673,9 @@ def loss_and_gradients(model: torch.nn.Module, **inputs) -> dict[str, torch.Tens
 @pytest.mark.parametrize("tokens", [N, 3 * N, LONG], ids=["one segment", "one block", "several blocks"])
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_gradient_checkpointing_changes_no_gradient(rule, tokens, use_reentrant):
-    """Loss and every gradient are those of the run that keeps its activations, and every layer is computed twice."""
+    """Loss and every gradient are those of the run that keeps its activations, and each block but the last, with which
+    the backward pass begins, is computed twice; with a cache, with which a text may go on, the last one too.
+    """
     model = tiny_model(memory_update=rule).train()
     inputs = {"input_ids": random_ids(3, tokens), "attention_mask": padding_masks()["left"][:, :tokens]}
     expected = loss_and_gradients(model, **inputs)
@@ -686,6 +688,9 @@ def test_gradient_checkpointing_changes_no_gradient(rule, tokens, use_reentrant)
     enable_checkpointing(model, use_reentrant=use_reentrant)
     calls.clear()
     assert_close(loss_and_gradients(model, **inputs), expected)
+    assert len(calls) == 2 * without_checkpoints - 1
+    calls.clear()
+    assert_close(loss_and_gradients(model, **inputs, past_key_values=InfiniCache(model.config)), expected)
     assert len(calls) == 2 * without_checkpoints
 
 
