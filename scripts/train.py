@@ -541,7 +541,8 @@ class Training:
             # A forward pass is a matter of all processes: FSDP gathers parameters in it, and DDP broadcasts buffers.
             CarriedMemory(self.infini_model, length).extend(self.model, batch.input_ids[:1].to(device))
         positions = batch.position_ids
-        cache = None
+        # With a cache the last block is computed twice, and FSDP asks all processes to do the same.
+        cache = InfiniCache(self.infini_model.config) if self.options.state_passing else None
         if memory is not None:
             # The first piece of each row goes on where the memory ends; what follows are other documents.
             is_first = (positions == torch.arange(length)).cumprod(dim=1).bool()
