@@ -64,8 +64,9 @@ class RetrievalTask:
     Args:
         segment_length: of the model, or None if samples need not care.
         outside_last_segment: probability that the needle of a sample whose depth is drawn ends before the segment
-            in which the question begins, so that only memory can answer. It has no effect without `segment_length`,
-            and for samples that are too short for it; there the needle is anywhere.
+            in which the question begins, so that only memory can answer. The others end in that segment: a model that
+            never sees one there does not learn to look there. It has no effect without `segment_length`, and for
+            samples that are too short for it; there the needle is anywhere.
     """
 
     def __init__(self, *, segment_length: int | None = None, outside_last_segment: float = 0.85):
@@ -116,12 +117,19 @@ class RetrievalTask:
             starts.append(len(intro) + cut + passed)
         first, last = starts[0], length - len(answer) - len(question) - len(asked)
         if depth is None:
-            if self.segment_length and rng.random() < self.outside_last_segment:
+            if self.segment_length:
                 question_segment = (length - len(answer) - len(question)) // self.segment_length
                 before_segment = question_segment * self.segment_length - len(asked)
-                last = before_segment if before_segment >= first else last
+                if rng.random() >= self.outside_last_segment:
+                    first = min(max(first, before_segment + 1), last)
+                elif before_segment >= first:
+                    last = before_segment
             depth = rng.random()
-        chosen = closest(starts[: bisect.bisect_right(starts, last)], first + depth * (last - first))
+        allowed = range(bisect.bisect_left(starts, first), bisect.bisect_right(starts, last))
+        # Without the end of a sentence in the last segment, the closest before it.
+        allowed = allowed or range(bisect.bisect_right(starts, last))
+        target = first + depth * (last - first)
+        chosen = allowed.start + closest(starts[allowed.start : allowed.stop], target)
         # Sorting is stable: the asked needle comes before others at the same cut, as `starts` has it.
         placed = sorted([(cuts[chosen], asked), *others], key=lambda other: other[0])
         ids, position = list(intro), 0
