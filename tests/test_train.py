@@ -602,9 +602,10 @@ def test_the_share_of_passed_states_is_the_one_asked_for(training, book):
     for _ in range(40):
         run.train_step()
     trained = [call for call in calls if call.is_trained]
-    share = sum(call.past_key_values is not None for call in trained) / 40
-    assert len(trained) == 40 and 0.3 < share < 0.7
-    assert all((call.past_key_values is None) == bool((call.position_ids[:, 0] == 0).all()) for call in trained)
+    # All have a cache, which those that start from nothing have empty: FSDP wants the same work from all processes.
+    starts = [call.past_key_values.get_seq_length() for call in trained]
+    assert len(trained) == 40 and 0.3 < sum(start > 0 for start in starts) / 40 < 0.7
+    assert all((start == 0) == bool((call.position_ids[:, 0] == 0).all()) for start, call in zip(starts, trained))
 
 
 # Adapters
