@@ -114,7 +114,7 @@ def open_gate(beta: torch.Tensor, memory: MemoryState) -> torch.Tensor:
 
 
 def read(sigma_q: torch.Tensor, memory: MemoryState, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """A_mem = sigma(Q) M / (sigma(Q) z), equation 7. Nothing is read (0) from an empty memory.
+    """A_mem = sigma(Q) M / (sigma(Q) z), equation 7, times `gate`. Nothing is read (0) from an empty memory.
 
     The query heads of a group read the memory of their key/value head, as further rows of one matrix product.
 

@@ -334,10 +334,7 @@ def memory_child(length: str) -> dict:
     return {
         "peak_mb": peak_memory() / 2**20,
         "start_mb": before,
-        "ids_mb": 3
-        * ids.numel()
-        * ids.element_size()
-        / 2**20,  # as given, as a copy for the model, and with the new token
+        "ids_mb": 3 * ids.nbytes / 2**20,  # as given, as a copy for the model, and with the new token
         "seconds": elapsed,
     }
 

@@ -51,6 +51,7 @@ from transformers.generation.streamers import BaseStreamer
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.scripts import retrieval_tasks
 
 __all__ = [
     "Answer",
@@ -254,9 +255,7 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int]:
     if chat:
         before, _ = chat_halves(tokenizer, "")
         return tokenizer(before, add_special_tokens=False)["input_ids"]
-    # What the tokenizer adds by itself, less what it would add at the end.
-    added = tokenizer("")["input_ids"]
-    return added[:1] if added and added[0] == tokenizer.bos_token_id else []
+    return retrieval_tasks.opening_ids(tokenizer)
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> torch.LongTensor:

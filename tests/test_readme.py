@@ -13,7 +13,7 @@ import yaml
 from test_scripts import TEXT, tiny_tokenizer
 from tiny import base_llama, tiny_model
 
-from infini_llama.scripts.train import TrainingOptions
+from infini_llama.scripts.training_options import TrainingOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

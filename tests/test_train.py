@@ -35,7 +35,8 @@ from infini_llama.cache_infini import InfiniCache
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts import train
 from infini_llama.scripts.retrieval_tasks import FILLER, INTRO
-from infini_llama.scripts.train import Training, TrainingOptions, parse_options
+from infini_llama.scripts.train import Training
+from infini_llama.scripts.training_options import TrainingOptions, parse_options
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
@@ -243,7 +244,7 @@ def test_the_tracker_shows_losses_rates_and_the_gates_of_every_layer(run):
 
 def test_the_help_documents_every_option(capsys):
     with pytest.raises(SystemExit, match="^0$"):
-        parse_options(["--help"])
+        train.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(TrainingOptions):
         assert f" --{field.name} " in shown and field.metadata["help"].split()
