@@ -170,9 +170,9 @@ class Training:
         if options.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.loss_function = weighted_causal_loss
-        if options.lora_rank:
+        if options.has_adapter:
             model = add_adapter(model, options)
-        self.infini_model = model.get_base_model() if options.lora_rank else model
+        self.infini_model = model.get_base_model() if options.has_adapter else model
         optimizer = torch.optim.AdamW(
             model.parameter_groups(
                 options.learning_rate, options.weight_decay, gate_learning_rate=options.gate_learning_rate
@@ -242,6 +242,9 @@ class Training:
             evaluation = self.evaluate()
         self.export()
         gates = gate_summary(self.infini_model)
+        # Nobody leaves while another writes. And threads of gloo still let go of tensors that Python knows, which aborts a
+        # process that is on its way out.
+        accelerator.wait_for_everyone()
         accelerator.end_training()
         last = read_log(self.log_path)[-options.advance_window :]
         return {
@@ -566,8 +569,10 @@ class Training:
         weights = accelerator.get_state_dict(self.model)
         if not accelerator.is_main_process:
             return
+        dtype = getattr(torch, self.options.export_dtype)
         model = accelerator.unwrap_model(self.model)
-        if self.options.lora_rank:
+        if self.options.has_adapter:
+            weights = rounded(weights, dtype)
             with whole_folder(self.output / "adapter") as folder:
                 model.save_pretrained(folder, state_dict=weights)
             # Another model than the trained one, which FSDP has cut into pieces.
@@ -578,8 +583,14 @@ class Training:
         # Gathered from pieces, what is tied is there twice.
         weights = {name: x for name, x in weights.items() if name not in model.all_tied_weights_keys}
         with whole_folder(self.output / "model") as folder:
-            model.save_pretrained(folder, state_dict=weights)
+            # The config gets the model's dtype.
+            model.to(dtype).save_pretrained(folder, state_dict=rounded(weights, dtype))
             self.tokenizer.save_pretrained(folder)
+
+
+def rounded(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights in `dtype`, without the gates, which are float32 in any model."""
+    return {name: x if "memory_gate" in name else x.to(dtype) for name, x in weights.items()}
 
 
 def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -607,9 +618,14 @@ def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTr
 
 
 def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torch.nn.Module:
-    """LoRA on the projections, and the gates themselves."""
-    from peft import LoraConfig, get_peft_model
+    """LoRA on the projections, and the gates themselves; a new one, or one that is there."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
+    if options.adapter is not None:
+        try:
+            return PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise InputError(f"`adapter` '{options.adapter}' cannot be loaded ({one_line(error)})") from error
     lora = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,

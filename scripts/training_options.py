@@ -74,6 +74,7 @@ class TrainingOptions:
     state_passing_every: int = option(2, "It grows by one sequence, without gradient, every so many steps.")
 
     lora_rank: int = option(0, "Train an adapter of this rank, and the gates, instead of all weights.")
+    adapter: str | None = option(None, "Go on with this adapter of the model, instead of beginning one of lora_rank.")
     lora_alpha: int | None = option(None, "Scale of the adapter; by default twice the rank.")
     lora_target_modules: list[str] = option(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Where the adapter is."
@@ -88,7 +89,12 @@ class TrainingOptions:
     report_to: str = option("tensorboard", "Tracker, by Accelerate's name for it, or none.")
     save_steps: int = option(100, "Save a checkpoint every so many steps; 0 saves none.")
     save_total_limit: int = option(2, "Keep this many last checkpoints.")
+    export_dtype: str = option("float32", "Of what OUTPUT gets in the end.", choices=["float32", "bfloat16"])
     seed: int = option(0, "Of everything random.")
+
+    @property
+    def has_adapter(self) -> bool:
+        return bool(self.lora_rank) or self.adapter is not None
 
     def check(self) -> None:
         """Raise InputError for what can be seen without model and data."""
@@ -106,6 +112,10 @@ class TrainingOptions:
             raise InputError(f"`report_to` is {self.report_to!r}: choose one of {trackers}")
         if not 0 <= self.state_passing <= 1:
             raise InputError(f"`state_passing` is {self.state_passing}: give a share between 0 and 1")
+        if self.adapter is not None:
+            for name, absent in (("lora_rank", 0), ("lora_alpha", None), ("gate_init", None)):
+                if getattr(self, name) != absent:
+                    raise InputError(f"`{name}` is given beside `adapter`, which has its own: leave one of them out")
         stages = len(self.sequence_length)
         if self.stage_steps and len(self.stage_steps) != stages - 1:
             raise InputError(

@@ -641,6 +641,32 @@ def test_an_adapter_and_the_merged_model_are_the_same_model(run, folder):
     assert result.report["gates"]["mean"] == pytest.approx(float(merged.gate_statistics()["gates/mean"]))
 
 
+@with_peft
+def test_an_adapter_goes_on_where_another_run_left_it(run, training, tmp_path):
+    """Its first loss is that of the merged model of the run before, not that of the model below; gates too."""
+    first = run(output=tmp_path / "first", lora_rank=2, learning_rate=0.05, gate_learning_rate=0.05)
+    on_merged = run(output=tmp_path / "merged", model=first.model, max_steps=1)
+    second = run(output=tmp_path / "second", adapter=first.output / "adapter", learning_rate=0.05, max_steps=2)
+    assert second.log[0]["loss"] == pytest.approx(on_merged.log[0]["loss"], rel=1e-4)
+    assert abs(second.log[0]["loss"] - first.log[0]["loss"]) > 0.01
+    last = training(output=tmp_path / "third", adapter=second.output / "adapter")
+    trained = [name for name, p in last.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * (2 * 7 + 1)
+
+
+@with_peft
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["model", "adapter"])
+def test_what_a_run_gives_can_be_bfloat16(options, run):
+    """And is then loaded as such; gates are float32 in any model."""
+    result = run(export_dtype="bfloat16", **options)
+    assert InfiniLlamaForCausalLM.from_pretrained(result.model).dtype == torch.bfloat16
+    files = [result.model / "model.safetensors"]
+    files += [result.output / "adapter" / "adapter_model.safetensors"] if options else []
+    for file in files:
+        for name, x in load_file(file).items():
+            assert x.dtype == (torch.float32 if "memory_gate" in name else torch.bfloat16), name
+
+
 # Evaluation
 
 
@@ -1034,6 +1060,9 @@ def test_models_that_cannot_be_trained_are_refused(refuses, tokenizer, tmp_path)
 @with_peft
 def test_an_adapter_on_nothing_is_refused(refuses):
     refuses("`lora_target_modules`", "nothing_proj", lora_rank=2, lora_target_modules=["nothing_proj"])
+    refuses("`adapter` 'nowhere'", lora_rank=0, adapter="nowhere")
+    for own in ({"lora_rank": 2}, {"lora_alpha": 2}, {"gate_init": 0.0}):
+        refuses(f"`{next(iter(own))}`", "`adapter`", adapter="nowhere", **own)
 
 
 def test_an_unknown_tracker_is_refused_and_one_that_is_not_installed_is_announced(refuses, run, monkeypatch):
