@@ -391,19 +391,17 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         """
         layers = [] if past_key_values is None else past_key_values.layers
         states = [layer.state() for layer in layers]
-        results = {}
+        num_layers, width = len(states), len(states[0]) if states else 0
 
-        def run(inputs: torch.Tensor, *flat_state: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-            cache = None
-            if layers:
-                cache = InfiniCache(self.config)
-                width = len(states[0])
-                for index, layer in enumerate(cache.layers):
-                    layer.set_state(flat_state[index * width : (index + 1) * width], layout.before)
+        # It must not know `layers`: they get what comes out, whose graph knows `run`, and nothing would ever be freed.
+        def run(
+            inputs: torch.Tensor, *flat_state: torch.Tensor | None
+        ) -> tuple[InfiniModelOutput, list[torch.Tensor | None]]:
+            cache = InfiniCache(self.config) if num_layers else None
+            for index in range(num_layers):
+                cache.layers[index].set_state(flat_state[index * width : (index + 1) * width], layout.before)
             block = self._block_and_loss(inputs, layout, cache, head, **kwargs)
-            results["hidden_states"], results["attentions"] = block.hidden_states, block.attentions
-            new_states = [] if cache is None else [x for layer in cache.layers for x in layer.state()]
-            return block.last_hidden_state, block.loss, *new_states
+            return block, [x for layer in cache.layers for x in layer.state()] if num_layers else []
 
         checkpoint = self._gradient_checkpointing_func
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
@@ -411,11 +409,11 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 "`use_reentrant=True` has no effect: ids, which a block starts from, have no gradient."
             )
             checkpoint = partial(checkpoint, use_reentrant=False)
-        hidden_states, loss, *new_states = checkpoint(run, inputs, *(x for state in states for x in state))
+        block, new_states = checkpoint(run, inputs, *(x for state in states for x in state))
         for index, layer in enumerate(layers):
-            layer.set_state(new_states[index * len(states[0]) : (index + 1) * len(states[0])], layout.after)
+            layer.set_state(new_states[index * width : (index + 1) * width], layout.after)
             layer.written_with = (layout.segment_length, layout.memory_update)
-        return InfiniModelOutput(last_hidden_state=hidden_states, loss=loss, **results)
+        return block
 
     def _check_cache(self, cache: Cache | None, batch_size: int) -> Timeline:
         """The timeline of the cache, if it is one that this model can go on with."""

@@ -3,6 +3,9 @@
 The equality of gradients with and without checkpoints is in test_modeling, their equality with the oracle in test_laws.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,3 +203,17 @@ def test_gate_statistics_name_every_layer():
     assert len(statistics) == 1 + 2 * 3
     assert statistics["gates/layer_00/min"] == 0 and statistics["gates/layer_00/max"] == 1
     assert statistics["gates/layer_00/mean"] == statistics["gates/layer_01/max"] == statistics["gates/mean"] == 0.5
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_cache_that_went_through_a_checkpoint_is_freed_with_its_last_name(backward):
+    """Its state comes from a graph that can compute it again; did that graph know the cache, neither would ever go."""
+    model, cache = checkpointed(tiny_model()), InfiniCache(tiny_model().config)
+    loss = model(random_ids(1, LONG), labels=random_ids(1, LONG), past_key_values=cache).loss
+    if backward:
+        loss.backward()
+    layer, state = weakref.ref(cache.layers[0]), weakref.ref(cache.layers[0].state()[0])
+    assert layer() is not None and state().grad_fn is not None
+    del cache, loss
+    gc.collect()
+    assert layer() is None and state() is None
