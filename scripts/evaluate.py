@@ -4,6 +4,7 @@
     python scripts/evaluate.py ./trained --tasks needle --haystack books/ --needles numbers uuids --output ./results
     python scripts/evaluate.py ./trained --tasks babilong --babi babi/en --haystack books/ --lengths 0 4096 --output ./results
     python scripts/evaluate.py ./trained --tasks perplexity gates memory --texts books/ --base ./base --output ./results
+    python scripts/evaluate.py ./trained --tasks summarise --books booksum.jsonl --base ./base --output ./results
 
 MODEL is a folder that `scripts/convert.py` or `scripts/train.py` made, or a Hub id of such a model; or any other causal
 language model that Transformers loads, with its own cache, as far as that fits.
@@ -16,6 +17,10 @@ Tasks
                 length 0 is the story alone. --shots examples of the training set come before the text, as
                 "facts question Answer: word." The first word of the answer counts.
     perplexity  the loss of whole texts, each file of --texts by itself, by the segments that were completed before.
+    summarise   a book, read whole, and then the instruction to summarise it: one turn of the user if there is a chat
+                template, as in `scripts/generate.py`. ROUGE-1, 2 and L against a summary, beside the paper's on BookSum.
+                Each line of --books is a JSON object with a `text` and its `summary`. Where a segment would end between
+                instruction and summary, the end of the book is left out, so that the controls know what is asked.
     gates       share of the memory in the output of each head, sigmoid(beta).
     memory      how full the memory becomes while the files of --texts are read, as one text: effective rank of M (exp of
                 the entropy of its singular values), norm of M and z; means over heads.
@@ -61,6 +66,7 @@ from infini_llama.cache_infini import projection_fingerprint
 from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.scripts.evaluation_report import plot, tables
 from infini_llama.scripts.evaluation_tasks import (
+    Book,
     Haystack,
     Question,
     Reader,
@@ -68,16 +74,22 @@ from infini_llama.scripts.evaluation_tasks import (
     ask_local,
     babi_intro,
     gates,
+    go_on,
     hide,
     hide_stories,
     losses_by_segments,
     memory_growth,
     read_babi,
+    read_books,
+    rouge,
+    summary_prompt,
     take_tokens,
+    window_prompt,
 )
 from infini_llama.scripts.generate import (
     DTYPES,
     InputError,
+    choose_chat,
     default_device,
     find_files,
     load_model,
@@ -91,7 +103,7 @@ from infini_llama.scripts.retrieval_tasks import VALUES, Needle, Passkey, Retrie
 
 __all__ = ["Evaluation", "Results", "main"]
 
-TASKS = ("passkey", "needle", "babilong", "perplexity", "gates", "memory")
+TASKS = ("passkey", "needle", "babilong", "perplexity", "summarise", "gates", "memory")
 FORMAT = "infini_llama.evaluation.v1"
 # Of a large haystack the first tokens are used, and repeated where more are needed.
 HAYSTACK_TOKENS = 1 << 20
@@ -165,6 +177,9 @@ def write(path: Path, text: str) -> None:
 def one_line_summary(cell: dict[str, Any]) -> str:
     if "accuracy" in cell:
         return ", ".join(f"{system} {share:.0%}" for system, share in cell["accuracy"].items())
+    if "rouge" in cell:
+        percents = {s: "/".join(f"{100 * x:.1f}" for x in scores.values()) for s, scores in cell["rouge"].items()}
+        return ", ".join(f"{system} {scores}" for system, scores in percents.items())
     return "done"
 
 
@@ -224,6 +239,9 @@ class Evaluation:
         for text in ([args.haystack] if args.haystack else []) + args.texts:
             find_files(text)
             open_text(text)  # bad bytes show now
+        if "summarise" in args.tasks:
+            for _ in read_books(args.books):  # and bad lines
+                pass
         stories = {t: (read_babi(args.babi, t), read_babi(args.babi, t, "train")) for t in self.babi_tasks()}
         settings = {n: getattr(args, n) for n in ("segment_length", "memory_update", "block_segments")}
         self.reader, self.tokenizer = load(args.model, args, args.adapter, **settings)
@@ -239,6 +257,7 @@ class Evaluation:
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
                 raise InputError(f"--base '{args.base}' has another tokenizer than '{args.model}': name its own base")
         self.stories = stories
+        self.chat = "summarise" in args.tasks and choose_chat(self.tokenizer, args.chat)
         self.results = Results(Path(args.output) / "results.json", self.settings(), self.description(command))
 
     def require_ours(self) -> None:
@@ -274,6 +293,12 @@ class Evaluation:
             "needle": {"samples": args.samples, "haystack": args.haystack},
             "babilong": {"samples": args.samples, "haystack": args.haystack, "babi": args.babi, "shots": args.shots},
             "perplexity": {"max_tokens": args.max_tokens},
+            "summarise": {
+                "books": args.books,
+                "max_tokens": args.max_tokens,
+                "summary_tokens": args.summary_tokens,
+                "chat": self.chat,
+            },
             "memory": {"texts": args.texts, "max_tokens": args.max_tokens},
         }
         return {group: values for group, values in settings.items() if group == "model" or group in args.tasks}
@@ -306,7 +331,7 @@ class Evaluation:
                 "warning: matplotlib is not installed, so there are no plots: pip install matplotlib, and run this again"
             )
         cells = {
-            key: {name: value for name, value in cell.items() if name != "samples"}
+            key: {name: value for name, value in cell.items() if name not in ("samples", "summaries")}
             for key, cell in self.results.cells.items()
         }
         run = {key: value for key, value in content.items() if key == "settings"} | {"run": content["runs"][-1]}
@@ -416,6 +441,44 @@ class Evaluation:
         chunks = self.chunks(read_files([file]), width)
         return {"losses": losses_by_segments(systems, chunks, self.segment_length, file.name)}
 
+    def summarise(self) -> None:
+        for number, book in enumerate(read_books(self.args.books), start=1):
+            self.results.measure(f"summarise/{number}", self.summaries, book, f"summarise/{number}")
+
+    def summaries(self, book: Book, name: str) -> dict[str, Any]:
+        """What the model and its controls say of a book, and how much that has in common with its summary."""
+        size, ends, said = self.args.summary_tokens, self.ends(self.reader), {}
+        options = {"chat": self.chat, "limit": self.args.max_tokens}
+        prompt = summary_prompt(self.tokenizer, book.text, self.segment_length, size, **options)
+        room = self.segment_length - (len(prompt) - prompt.question)
+        if size > room:
+            say(
+                f"warning: --summary-tokens is {size}, but a segment has room for {max(room, 0)} after the instruction, "
+                "which those without a memory forget then: give fewer, or a longer --segment-length"
+            )
+        if not self.is_ours or self.reader.config.memory_update != "none":
+            said["memory" if self.is_ours else "model"] = go_on(self.reader, prompt, size, ends, name)
+        if self.is_ours:
+            # The segment that the prompt ends in: all that local attention ever sees.
+            start = (len(prompt) - 1) // self.segment_length * self.segment_length
+            with self.reader.memory_off():
+                said["off"] = go_on(self.reader, prompt, size, ends, name, start)
+        if self.base is not None:
+            window = window_prompt(prompt, self.segment_length - size)
+            said["window"] = go_on(self.base, window, size, self.ends(self.base), name)
+        texts = {system: self.tokenizer.decode(ids, skip_special_tokens=True).strip() for system, ids in said.items()}
+        return {
+            "tokens": len(prompt),
+            "summary_tokens": {system: len(ids) for system, ids in said.items()},
+            "rouge": {system: rouge(text, book.summary) for system, text in texts.items()},
+            "summaries": {"reference": book.summary, **texts},
+        }
+
+    def ends(self, reader: Reader) -> set[int]:
+        """Tokens that end what a model says."""
+        ends = reader.model.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
     def gates(self) -> None:
         self.results.measure("gates", lambda: {"gates": gates(self.reader.model)})
 
@@ -443,6 +506,7 @@ def check(args: argparse.Namespace) -> None:
     needs = {
         "babilong": ("babi", "the folder of the bAbI stories"),
         "perplexity": ("texts", "texts to read"),
+        "summarise": ("books", "a JSONL file of texts and their summaries"),
         "memory": ("texts", "texts to read"),
     }
     for task, (option, what) in needs.items():
@@ -450,6 +514,10 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"the task {task} needs --{option}: name {what}")
     if "babilong" in args.tasks and any(args.lengths) and args.haystack is None:
         raise InputError("the task babilong needs --haystack for lengths above 0: name texts to hide its facts in")
+    if "summarise" in args.tasks and importlib.util.find_spec("rouge_score") is None:
+        raise InputError(
+            "the task summarise needs rouge-score, which is not installed: pip install 'infini-llama[evaluate]'"
+        )
     if args.shots < 0:
         raise InputError(f"--shots is {args.shots}: give at least 0")
 
@@ -490,7 +558,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--shots", type=int, default=2, help="babilong: examples before the text (default: %(default)s)"
     )
     parser.add_argument("--texts", metavar="PATH", nargs="+", default=[], help="perplexity, memory: files or folders")
-    parser.add_argument("--max-tokens", type=positive, help="perplexity, memory: of each text, of all of them")
+    parser.add_argument(
+        "--max-tokens", type=positive, help="perplexity, summarise: of each text; memory: of all of them"
+    )
+    parser.add_argument("--books", metavar="FILE", help="summarise: JSONL, with text and summary on each line")
+    parser.add_argument(
+        "--summary-tokens", type=positive, default=1024, help="summarise: at most (default: %(default)s, as the paper)"
+    )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="summarise: put book and instruction into the chat template (default: if the tokenizer has one)",
+    )
     parser.add_argument(
         "--segment-length", type=positive, help=f"instead of the model's; N of other models ({WINDOW})"
     )

@@ -1,4 +1,5 @@
-"""What `scripts/evaluate.py` asks of a model: questions about long texts, the loss of books, gates, what is in a memory.
+"""What `scripts/evaluate.py` asks of a model: questions about long texts, the loss of books and summaries of them, gates,
+what is in a memory.
 
     reader, task = Reader(model), TASKS["passkey"](tokenizer)
     haystack = Haystack.of(task, random.Random(0))
@@ -14,6 +15,7 @@ the same result (up to rounding).
 import bisect
 import copy
 import itertools
+import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +32,7 @@ from transformers.cache_utils import Cache
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
+from infini_llama.scripts import generate
 from infini_llama.scripts.generate import InputError
 from infini_llama.scripts.retrieval_tasks import (
     RetrievalTask,
@@ -40,6 +43,7 @@ from infini_llama.scripts.retrieval_tasks import (
 
 __all__ = [
     "BabiStory",
+    "Book",
     "Haystack",
     "Prompt",
     "Question",
@@ -51,12 +55,17 @@ __all__ = [
     "bucket_label",
     "effective_rank",
     "gates",
+    "go_on",
     "hide",
     "hide_stories",
     "losses_by_segments",
     "memory_growth",
     "read_babi",
+    "read_books",
+    "rouge",
+    "summary_prompt",
     "take_tokens",
+    "window_prompt",
 ]
 
 # Logits are the largest tensor by far: this many tokens have them at a time.
@@ -69,6 +78,7 @@ BABI_INTRO = (
     "There are facts about people and things hidden in the following text. Memorize them. I will ask a question about "
     "them, which has an answer of one word."
 )
+SUMMARISE = "Summarize the book above: what happens in it, from its beginning to its end, and to whom."
 
 
 # Texts that are put together where they are looked at
@@ -296,6 +306,92 @@ def hide_stories(
     return questions
 
 
+# Summaries of whole books, as in the paper's BookSum setting
+
+
+@dataclass(frozen=True)
+class Book:
+    """A text, and the summary that another one is compared with."""
+
+    text: str
+    summary: str
+
+
+def read_books(path: str) -> Iterator[Book]:
+    """Yield the books of a JSONL file, of which one is held at a time."""
+    count = 0
+    try:
+        with open(path, "rb") as lines:
+            for place, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    book = Book(row["text"].strip(), row["summary"].strip())
+                    if not (book.text and book.summary):
+                        raise ValueError("one of them is empty")
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise InputError(
+                        f"line {place} of --books '{path}' is no book ({error}): make it a JSON object in UTF-8, with "
+                        "the strings text and summary"
+                    ) from error
+                count += 1
+                yield book
+    except OSError as error:
+        raise InputError(f"--books '{path}' cannot be read ({error.strerror}): name a JSONL file") from error
+    if not count:
+        raise InputError(f"--books '{path}' is empty: give it a line for each book")
+
+
+def summary_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    segment_length: int,
+    num_tokens: int,
+    *,
+    chat: bool = False,
+    limit: int | None = None,
+) -> Prompt:
+    """A book, and the instruction to summarise it.
+
+    The book is cut at its end, by as little as makes instruction and summary lie in one segment, if they fit: otherwise
+    local attention alone would lose sight of what it has to do.
+
+    Args:
+        segment_length: N.
+        num_tokens: of the longest summary.
+        chat: whether book and instruction are one turn of the user, as in `scripts/generate.py`.
+        limit: tokens of the book after which it is left.
+    """
+    opening = generate.opening_ids(tokenizer, chat)
+    instruction = SUMMARISE if chat else f"\n\n{SUMMARISE}\n\nSummary:"
+    question = generate.question_ids(tokenizer, instruction, chat=chat)[0].tolist()
+    blocks = (text[i : i + generate.BLOCK_BYTES] for i in range(0, len(text), generate.BLOCK_BYTES))
+    pieces = [torch.tensor(plain_ids(tokenizer, p), dtype=torch.int32) for p in generate.cut_at_newlines(blocks)]
+    tokens = torch.cat(pieces)[:limit]
+    last_start = max(segment_length - len(question) - num_tokens, 0)
+    surplus = max((len(opening) + len(tokens)) % segment_length - last_start, 0)
+    haystack = Haystack(torch.tensor(opening, dtype=torch.long), tokens, [])
+    return Prompt(haystack, max(len(tokens) - surplus, 0), [], question)
+
+
+def window_prompt(prompt: Prompt, tokens: int) -> Prompt:
+    """A prompt of so many tokens, if its question is no longer: the same one with the end of its text only."""
+    intro, question = prompt.haystack.intro, prompt[prompt.question :].tolist()
+    room = prompt.question - len(intro)
+    kept = min(room, max(tokens - len(intro) - len(question), 0))
+    haystack = Haystack(intro, prompt.haystack.tokens, [], prompt.haystack.offset + room - kept)
+    return Prompt(haystack, kept, [], question)
+
+
+def rouge(summary: str, reference: str) -> dict[str, float]:
+    """F1 of stemmed words, of pairs of them, and of their longest common subsequence, from 0 to 1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, summary)
+    return {name: float(score.fmeasure) for name, score in scores.items()}
+
+
 # Models
 
 
@@ -440,6 +536,26 @@ def answer(reader: Reader, asked: list[tuple[Question, list[int]]], logits: torc
     decoded = reader.decode(logits, cache, max(question.decoded_tokens for question, _ in asked))
     for (question, tokens), row in zip(asked, decoded):
         tokens += row[: question.decoded_tokens]
+
+
+def go_on(
+    reader: Reader, prompt: Prompt, num_tokens: int, ends: set[int], name: str = "reading", start: int = 0
+) -> list[int]:
+    """Return the likeliest tokens after a prompt, one after another, up to one of `ends`, which is left out.
+
+    Args:
+        num_tokens: at most.
+        start: where in the prompt the model begins to read, at the start of a segment.
+    """
+    cache, said = reader.new_cache(), []
+    with bar(name, len(prompt) - start) as progress:
+        logits = reader.read([prompt], cache, start, len(prompt), progress)
+    while (token := int(logits.argmax())) not in ends:
+        said.append(token)
+        if len(said) == num_tokens:
+            break
+        logits = reader.logits(torch.tensor([[token]]), cache, keep=1)[:, -1]
+    return said
 
 
 def bar(name: str, total: int | None) -> tqdm:

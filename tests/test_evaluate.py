@@ -1,6 +1,7 @@
 """`scripts/evaluate.py`: that shortcuts change no answer, that scores cannot be fooled, and that runs go on."""
 
 import copy
+import importlib.util
 import json
 import random
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -33,12 +35,16 @@ from infini_llama.scripts.evaluation_tasks import (
     bucket,
     bucket_label,
     effective_rank,
+    go_on,
     hide,
     hide_stories,
     losses_by_segments,
     memory_growth,
     read_babi,
+    rouge,
+    summary_prompt,
     take_tokens,
+    window_prompt,
 )
 from infini_llama.scripts.generate import InputError
 from infini_llama.scripts.retrieval_tasks import Needle, Passkey, inner_ids
@@ -390,6 +396,84 @@ def test_stories_that_are_none_are_refused(babi, tmp_path):
         read_babi(str(babi), 1)
 
 
+# Summaries
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("kind", ["delta", "linear", "llama"])
+@pytest.mark.parametrize("segment_length", [N, 256])
+def test_a_summary_is_what_generate_says(kind, chat, segment_length):
+    """With memory and without, whether there is room for it in the instruction's segment or not."""
+    model, size = model_of(kind), 20
+    if kind != "llama":
+        model.config.segment_length = segment_length
+    reader, prompt = Reader(model), summary_prompt(TOKENIZER, PROSE, segment_length, size, chat=chat)
+    assert go_on(reader, prompt, size, set()) == generated(model, ids_of(prompt), size)
+    if kind != "llama":
+        with reader.memory_off():
+            said = go_on(reader, prompt, size, set(), start=(len(prompt) - 1) // segment_length * segment_length)
+        model.config.memory_update = "none"
+        assert said == generated(model, ids_of(prompt), size)
+
+
+def test_a_summary_ends_where_the_model_ends_it():
+    """Before the token that ends a text, and nothing is decoded after it."""
+    reader, prompt = Reader(model_of()), summary_prompt(TOKENIZER, PROSE, N, 20)
+    whole = go_on(reader, prompt, 20, set())
+    index = next(i for i in range(3, 20) if whole[i] not in whole[:i])
+    assert go_on(reader, prompt, 20, {whole[index], 1}) == whole[:index]
+    assert go_on(reader, prompt, 20, {whole[0]}) == []
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_instruction_follows_the_book(chat):
+    """In the words and tokens of generate.py: as one turn of the user, or plainly; blank ends of the file are its own."""
+    prompt = summary_prompt(TOKENIZER, PROSE.strip(), 4096, 100, chat=chat)
+    text = TOKENIZER.decode(ids_of(prompt))
+    assert text.startswith("<|user|>It was a dark" if chat else "It was a dark") and PROSE.strip() in text
+    end = "and to whom.<|end|><|assistant|>" if chat else "and to whom.\n\nSummary:"
+    assert text.endswith(end) and text.count("\n\nSummarize the book above") == 1
+    if chat:
+        turn = [{"role": "user", "content": text.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")}]
+        assert text == TOKENIZER.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def test_instruction_and_summary_are_in_one_segment():
+    """For every length of the book, of which no more is left out than that takes, and never what would fit."""
+    segment_length, size = 256, 100
+    cut = set()
+    for limit in range(200, 200 + segment_length):
+        prompt = summary_prompt(TOKENIZER, PROSE, segment_length, size, limit=limit)
+        needed = len(prompt) - prompt.question + size
+        assert prompt.question // segment_length == (prompt.question + needed - 1) // segment_length
+        left_out = limit - (prompt.question - len(prompt.haystack.intro))
+        assert left_out == 0 or (prompt.question + needed) % segment_length == 0
+        cut.add(left_out)
+    assert cut == set(range(needed))
+
+
+def test_the_window_has_the_end_of_the_book():
+    """And its opening and the instruction, all of them within so many tokens."""
+    whole = summary_prompt(TOKENIZER, PROSE, 4096, 100, chat=True)
+    window, opening = window_prompt(whole, 200), len(whole.haystack.intro)
+    ids, expected = ids_of(window).tolist(), ids_of(whole).tolist()
+    assert len(ids) == 200 and opening > 0
+    assert ids == expected[:opening] + expected[opening - 200 :]
+    assert ids_of(window_prompt(whole, 4096)).tolist() == expected
+    assert ids_of(window_prompt(whole, 1)).tolist() == expected[:opening] + expected[whole.question :]
+
+
+def test_rouge_is_counted_in_words_pairs_and_order():
+    """F1 by hand; endings of words do not matter, case and punctuation neither."""
+    scores = rouge("The cat sat.", "the cat ran home")
+    assert scores == pytest.approx({"rouge1": 4 / 7, "rouge2": 2 / 5, "rougeL": 4 / 7})
+    assert rouge("home ran the cat", "the cat ran home") == pytest.approx(
+        {"rouge1": 1, "rouge2": 1 / 3, "rougeL": 0.5}
+    )
+    assert set(rouge("Dogs were running!", "dog were runs").values()) == {1.0}
+    assert set(rouge("", "the cat").values()) == {0.0}
+
+
 # Whole texts
 
 
@@ -476,6 +560,15 @@ def book(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """Two of them, with summaries, and a blank line."""
+    rows = [{"text": PROSE[n:], "summary": f"Nobody came on {n} dark nights.", "title": "?"} for n in (0, 200)]
+    path = tmp_path / "books.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
 def run(folders, tmp_path, capsys):
     """Run evaluate.py in this process on the tiny model, and return its report."""
 
@@ -503,7 +596,7 @@ def without_seconds(content: dict) -> dict:
     return {key: {k: v for k, v in cell.items() if k != "seconds"} for key, cell in content["cells"].items()}
 
 
-def test_every_task_is_measured_and_written(run, folders, book, babi, tmp_path):
+def test_every_task_is_measured_and_written(run, folders, book, babi, books, tmp_path):
     """With both controls; numbers come with what they were measured with."""
     options = ["--tasks", *evaluate.TASKS, "--lengths", "0", "700", "--samples", "2", "--depths", "0", "1"]
     options += [
@@ -519,10 +612,12 @@ def test_every_task_is_measured_and_written(run, folders, book, babi, tmp_path):
         "--babi-tasks",
         "1",
     ]
+    options += ["--books", books, "--summary-tokens", "5"]
     report = run(*options, "--shots", "1", "--texts", book, "--max-tokens", "200", "--base", folders.base)
     content = results(tmp_path)
     cells = {f"{name}/700/{depth}" for name in ("passkey", "needle/words-1", "needle/words-2") for depth in (0, 1)}
     cells |= {"babilong/qa1/0", "babilong/qa1/700", f"perplexity/{book}", "gates", "memory"}
+    cells |= {"summarise/1", "summarise/2"}
     assert set(content["cells"]) == set(report["cells"]) == cells
     cell = content["cells"]["passkey/700/0"]
     assert set(cell["accuracy"]) == {"memory", "off", "window"} and len(cell["samples"]) == 2
@@ -531,6 +626,11 @@ def test_every_task_is_measured_and_written(run, folders, book, babi, tmp_path):
     assert set(losses) == {"memory", "off", "window"}
     # Converted, so that one segment is the base model's; float32 sums of 16 losses.
     assert losses["memory"]["0"][0] == pytest.approx(losses["window"]["0"][0], rel=1e-5)
+    cell = content["cells"]["summarise/2"]
+    assert set(cell["rouge"]) == {"memory", "off", "window"} and "summaries" not in report["cells"]["summarise/2"]
+    assert cell["summaries"]["reference"] == "Nobody came on 200 dark nights."
+    assert cell["rouge"]["off"] == rouge(cell["summaries"]["off"], cell["summaries"]["reference"])
+    assert all(0 < tokens <= 5 for tokens in cell["summary_tokens"].values())
     model = InfiniLlamaForCausalLM.from_pretrained(folders.ours)
     gate = torch.sigmoid(model.model.layers[1].self_attn.memory_gate.bias[2]).item()
     assert content["cells"]["gates"]["gates"][1][2] == pytest.approx(gate)
@@ -570,6 +670,29 @@ def test_a_killed_run_goes_on(run, tmp_path, monkeypatch):
     assert set(run(*PASSKEY)["cells"]) == set(whole["cells"]) and len(calls) == 4
     assert without_seconds(results(tmp_path)) == without_seconds(results(tmp_path, "whole"))
     assert len(results(tmp_path)["runs"]) == 2
+
+
+def test_summaries_go_on_at_the_next_book(run, books, tmp_path, monkeypatch):
+    """As if the run had not been killed; with other settings they are not mixed."""
+    options = ["--tasks", "summarise", "--books", books, "--summary-tokens", "6", "--segment-length", "512"]
+    whole = run(*options, output="whole")
+    assert {system for cell in whole["cells"].values() for system in cell["rouge"]} == {"memory", "off"}
+    go_on, calls = evaluate.go_on, []
+
+    def killed_at_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return go_on(*args)
+
+    monkeypatch.setattr(evaluate, "go_on", killed_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(*options)
+    assert set(results(tmp_path)["cells"]) == {"summarise/1"}
+    run(*options)
+    assert len(calls) == 5 and without_seconds(results(tmp_path)) == without_seconds(results(tmp_path, "whole"))
+    assert "chat is False" in run(*options, "--no-chat", code=2)
+    assert "summary_tokens is 7" in run(*options, "--summary-tokens", "7", code=2)
 
 
 def test_more_can_be_added_to_results(run, tmp_path):
@@ -625,15 +748,27 @@ def test_the_paper_stands_beside_its_lengths():
     assert set(evaluation_report.paper("4096")) == {""}
 
 
+def test_summaries_stand_beside_the_papers():
+    """Means over books, and the geometric mean of the three, which is the paper's overall."""
+    cells = [{"tokens": 9, "rouge": {"off": {"rouge1": x, "rouge2": 0.08, "rougeL": 0.2}}} for x in (0.3, 0.5)]
+    text, table = evaluation_report.summaries_table("summarise", {("1",): cells[0], ("2",): cells[1]})
+    lines = table.splitlines()
+    assert "| all | off |  | 40.0 | 8.0 | 20.0 | 18.6 |" in lines and "of 2 summaries" in text
+    assert "| the paper's | linear |  | 37.9 | 8.7 | 17.6 | 18.0 |" in lines
+    assert "| the paper's | delta |  | 40.0 | 8.8 | 17.9 | 18.5 |" in lines
+    assert "| 2 | off | 9 | 50.0 | 8.0 | 20.0 | 20.0 |" in lines
+
+
 def test_without_matplotlib_there_are_tables(run, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation_report, "has_matplotlib", lambda: False)
     assert run("--tasks", "gates")["plots"] == []
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["results.json", "results.md"]
 
 
-def test_plots_are_drawn(run, folders, book, babi, tmp_path):
+def test_plots_are_drawn(run, folders, book, babi, books, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
     options = ["--lengths", "700", "--samples", "1", "--babi", babi, "--babi-tasks", "1", "--haystack", book]
+    options += ["--books", books, "--summary-tokens", "2"]
     report = run("--tasks", *evaluate.TASKS, *options, "--texts", book, "--max-tokens", "100", "--shots", "0")
     assert report["plots"] == [f"{task}.png" for task in evaluate.TASKS]
     assert all((tmp_path / "results" / name).stat().st_size > 5000 for name in report["plots"])
@@ -649,6 +784,26 @@ def test_bad_input_is_refused_before_a_model_is_loaded(run, book, tmp_path, monk
     assert "qa1_" in run("--tasks", "babilong", "--babi", tmp_path, "--haystack", book, code=2)
     book.write_bytes(b"caf\xe9")
     assert "UTF-8" in run("--tasks", "perplexity", "--texts", book, code=2)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "7", '{"text": "a"}', '{"text": "a", "summary": 1}', '{"text": " ", "summary": "a"}', b"\xff"]
+)
+def test_books_that_are_none_are_refused_with_their_line(run, books, line, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: pytest.fail("this is expensive"))
+    books.write_bytes(books.read_bytes() + (line if isinstance(line, bytes) else line.encode()))
+    assert "line 4 of --books" in run("--tasks", "summarise", "--books", books, code=2)
+
+
+def test_what_summaries_need_is_said_before_a_model_is_loaded(run, books, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: pytest.fail("this is expensive"))
+    assert "needs --books" in run("--tasks", "summarise", code=2)
+    assert "cannot be read" in run("--tasks", "summarise", "--books", tmp_path, code=2)
+    (tmp_path / "empty").write_text("\n")
+    assert "is empty" in run("--tasks", "summarise", "--books", tmp_path / "empty", code=2)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "rouge_score" else find_spec(n, *a))
+    assert "infini-llama[evaluate]" in run("--tasks", "summarise", "--books", books, code=2)
 
 
 def test_what_only_the_model_shows_is_refused_too(run, folders, book, tmp_path):
@@ -678,3 +833,68 @@ def test_it_runs_as_a_file_and_says_how_to_use_it(tmp_path):
     program = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--help"]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "python scripts/evaluate.py" in done.stdout
+
+
+# lm-evaluation-harness
+
+
+HARNESS_TASKS = ROOT / "scripts" / "lm_eval_tasks"
+
+
+class HarnessLoader(yaml.SafeLoader):
+    """Reads `!function module.name` as its name."""
+
+
+HarnessLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def harness_samples(folder: Path, name: str, **metadata) -> tuple[dict, list[dict]]:
+    """A task file, and the samples that its function makes, called as the harness does."""
+    task = yaml.load((HARNESS_TASKS / f"{name}.yaml").read_text(encoding="utf-8"), Loader=HarnessLoader)
+    module, _, function = task["custom_dataset"].partition(".")
+    spec = importlib.util.spec_from_file_location(module, HARNESS_TASKS / f"{module}.py")
+    samples = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(samples)
+    made = getattr(samples, function)(**task["metadata"], pretrained=str(folder), **metadata)
+    return task, list(made[task["test_split"]])
+
+
+@pytest.mark.parametrize("name", ["infini_passkey", "infini_needle"])
+def test_the_harness_asks_what_evaluate_asks(folders, book, name):
+    """Prompts of the asked lengths, with the answer in them at the asked depth and the question at their end."""
+    options = {} if name == "infini_passkey" else {"haystack": str(book), "values": "words", "num_needles": 2}
+    task, samples = harness_samples(folders.ours, name, lengths=[500, 900], samples=3, **options)
+    assert task["task"] == name and len(samples) == 2 * 3 * 3
+    for sample in samples:
+        prompt, answer = sample["prompt"], sample["answer"]
+        where = prompt.index(f" is {answer}." if name == "infini_passkey" else f" is: {answer}.") / len(prompt)
+        # Introduction, question and the needles themselves take a part of so short a text.
+        assert abs(where - sample["depth"]) < 0.5 and not answer.endswith(".") and answer == answer.strip()
+        assert prompt.endswith(" is") and prompt.startswith(("There is", "Some special"))
+        assert re.fullmatch(r"\d{5}" if name == "infini_passkey" else r"\w+-\w+", answer)
+        # The answer is left out, and parts that were tokenised apart may be fewer tokens together.
+        assert sample["length"] - 60 < len(TOKENIZER(prompt)["input_ids"]) < sample["length"]
+        # As the harness decides: up to the stop, without the blank before it.
+        said = f" {answer}. And so on".split(task["generation_kwargs"]["until"][0])[0]
+        assert re.sub(task["metric_list"][0]["regexes_to_ignore"][0], "", said) == answer
+        assert len(TOKENIZER(answer)["input_ids"]) < task["generation_kwargs"]["max_gen_toks"]
+    assert samples == harness_samples(folders.ours, name, lengths=[500, 900], samples=3, **options)[1]
+    assert samples != harness_samples(folders.ours, name, lengths=[500, 900], samples=3, seed=1, **options)[1]
+
+
+def test_the_harness_runs_the_tasks(tmp_path):
+    """`lm-eval run`, as samples.py says it."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is no dependency of this project")
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.eos_token = "<|end|>"  # the harness wants one
+    model = save(model_of(), tmp_path / "model")
+    tokenizer.save_pretrained(model)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--include_path"]
+    command += [HARNESS_TASKS, "--tasks", "infini_passkey,infini_needle", "--output_path", tmp_path / "out"]
+    command += ["--model_args", f"pretrained={model},trust_remote_code=True,max_length=5000"]
+    command += ["--metadata", '{"lengths": [1500], "samples": 1}']
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").rglob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert all(found[task]["exact_match,none"] == 0 for task in ("infini_passkey", "infini_needle"))
