@@ -170,6 +170,8 @@ class Passkey(RetrievalTask):
 
     Args:
         digits: of the number.
+        random_start: begin at any token of the sentences. In training it lets segments cut them at all places, as those of a
+            long text do; else each sample begins with the first sentence, as the paper's.
         segment_length, outside_last_segment: see `RetrievalTask`.
     """
 
@@ -178,16 +180,20 @@ class Passkey(RetrievalTask):
         tokenizer: PreTrainedTokenizerBase,
         *,
         digits: int = 5,
+        random_start: bool = False,
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
     ):
         super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
         if digits < 1:
             raise ValueError(f"digits is {digits}: give at least 1")
-        self.tokenizer, self.digits = tokenizer, digits
+        self.tokenizer, self.digits, self.random_start = tokenizer, digits, random_start
         self.intro = opening_ids(tokenizer) + plain_ids(tokenizer, INTRO)
         self.haystack = inner_ids(tokenizer, FILLER)
         self.cuts = sentence_ends(tokenizer, self.haystack)
+
+    def first_token(self, rng):
+        return rng.randrange(len(self.haystack)) if self.random_start else 0
 
     def draw(self, rng):
         key = rng.randrange(10 ** (self.digits - 1), 10**self.digits)

@@ -134,6 +134,18 @@ def test_the_passkey_reads_as_in_the_paper():
     assert len(key) == 5 and key.isdigit()
 
 
+def test_a_passkey_that_starts_anywhere_lets_segments_cut_its_sentences_at_all_places():
+    """Samples and fillers; otherwise they begin with the first sentence, always."""
+    length = 4 * SEGMENT + 60
+    for random_start, starts in ((False, 1), (True, len(Passkey(TEXT).haystack))):
+        task = Passkey(TEXT, random_start=random_start)
+        texts = {tuple(task.filler(random.Random(i), 12, start=False)) for i in range(400)}
+        assert len(texts) == starts
+        samples = [task.sample(random.Random(i), length, depth=1.0, continued=True) for i in range(400)]
+        assert len({tuple(sample.ids[:12]) for sample in samples}) == starts
+        assert all(len(sample.ids) == length for sample in samples)
+
+
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """Puts a space before every text, as Llama 2 does: a text that begins with one then begins with two."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
