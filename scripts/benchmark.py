@@ -1,14 +1,25 @@
-"""Measure what Infini-attention costs: reading, decoding, training, memory.
+"""Measure what Infini-attention costs: reading, decoding, training, memory. Or plan it, from a config alone.
 
-    python scripts/benchmark.py MODEL                                  # everything, a converted or a plain Llama
-    python scripts/benchmark.py MODEL --tasks prefill --segments 4 16  # one task
-    python scripts/benchmark.py MODEL --tasks decode --contexts 2048 200704
+    python scripts/benchmark.py MODEL                                  # all but `longest`, a converted or a plain Llama
+    python scripts/benchmark.py MODEL --tasks prefill --segments 4 16 --long-length 1000000
+    python scripts/benchmark.py MODEL --tasks decode --contexts 2048 200704 10000384
+    python scripts/benchmark.py MODEL --tasks longest --budget-gb 8
+    python scripts/benchmark.py MODEL --output runs/cpu --page docs/performance.md
+    python scripts/benchmark.py --page docs/performance.md --results runs/cpu runs/gpu
+    python scripts/benchmark.py --plan MODEL --length 1000000 10000000 --devices 8
 
 Tasks
     prefill   our model on S segments of one text, against the floor: the base Llama on the same segments as a batch of
-              independent texts. Same weights, same run, in turn; the ratio is of medians.
-    decode    time per token after a short and a long context, at the same place in the segment, in turn; and of the tokens
-              that complete a segment.
+              independent texts; and against full attention: the base Llama on the whole text, up to --full-limit tokens. Same
+              weights, same run, in turn; ratios are of medians. With --long-length, one text of that many tokens as well,
+              window after window through one cache, in turn with texts of one window.
+    decode    time per token after contexts of several lengths, at the same place in the segment, in turn; and of the tokens
+              that complete a segment; against the base Llama at the same local length, and against the floor: bytes of
+              weights, state, keys and values over the bandwidth that a sum or a copy of a large tensor reaches in this run.
+              (Weights that fit into a processor's cache can beat that.) What a token costs follows from shapes alone, and
+              after the first segment they are the same whatever the length. So contexts are read up to --read-limit tokens,
+              and beyond it the cache is only told that it has read more, by whole segments: its positions are those of the
+              long context, its memory is that of the part. The results say how much was read.
     train     a training step (forward with labels, backward, gradients cleared) of our model on S segments of one text,
               against two floors: the base Llama on the same segments as one batch of independent texts, and as batches
               of as many segments as our blocks have, whose gradients add up. All checkpoint their activations, the base
@@ -19,8 +30,24 @@ Tasks
     train-memory
               peak memory that a training step on texts of different lengths adds to weights and gradients, with
               checkpointed blocks and without, each in a process of its own, with a small random model.
+    longest   the longest text that a training step of MODEL, and of the base Llama with full attention, fits into --budget-gb
+              of memory, both with checkpoints. Each length is tried in a process of its own, whose allocations fail beyond
+              the budget (on Linux; elsewhere its peak is only measured), on the CPU. Ours is tried up to --times the base's
+              longest. This takes long, and is left out unless it is asked for.
 
-For people everything goes to stderr; the last line on stdout is one JSON document.
+The theoretical cost comes first, from the arithmetic of the config; see `scripts/planning.py`.
+
+Plan
+    With --plan nothing is loaded or measured. MODEL is a folder, a config.json or a Hub id, and for texts of --length tokens
+    on --devices devices the memory of each device in prefill and training, the bytes that they send each other, beside ring
+    attention, FLOPs and times are estimated, ours beside full attention. Devices are described by --flops, --bandwidth and
+    --link; the defaults are the data sheet of an H100 SXM, which no program reaches, so the times are floors.
+
+OUTPUT gets `benchmark.json`, `benchmark.md` with the tables and, if matplotlib is there, `benchmark.png` with cost against
+length, after each task. --page writes one page of all that --results and this run have.
+
+For people everything goes to stderr; the last line on stdout is one JSON document. The exit status is 0, or 2 for bad
+input.
 """
 
 import argparse
@@ -28,71 +55,78 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
-from infini_llama.modeling_infini import InfiniLlamaForCausalLM
-from infini_llama.scripts.generate import peak_memory, positive
+from infini_llama.scripts import benchmark_report
+from infini_llama.scripts.benchmark_memory import (
+    bench_longest,
+    bench_memory,
+    bench_train_memory,
+    checkpoint_activations,
+    load_pair,
+    seconds,
+    train_step,
+)
+from infini_llama.scripts.evaluate import commit, write
+from infini_llama.scripts.generate import InputError, one_line, positive, say
+from infini_llama.scripts.planning import Device, decode_bytes, flops, plan, plan_table, read_config
 
-TASKS = ("prefill", "decode", "train", "memory", "train-memory")
+__all__ = ["main"]
 
-
-def say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def load_pair(name: str, dtype: torch.dtype, device: str, **settings: int | None):
-    """Our model, with these settings in its config where they are not None, and the base Llama, on the same tensors."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    fields |= {name: value for name, value in settings.items() if value is not None}
-    ours = (
-        InfiniLlamaForCausalLM.from_pretrained(name, config=InfiniLlamaConfig(**fields), dtype=dtype).to(device).eval()
-    )
-    own = {"segment_length", "memory_update", "gate_init", "block_segments", "layer_types"}
-    attention = ours.config._attn_implementation
-    fields = {k: v for k, v in fields.items() if k not in own} | {"attn_implementation": attention}
-    with torch.device("meta"):
-        base = LlamaForCausalLM(LlamaConfig(**fields))
-    base.load_state_dict({k: v for k, v in ours.state_dict().items() if "memory_gate" not in k}, assign=True)
-    base.tie_weights()  # one parameter with one gradient, as in ours
-    base.model.rotary_emb = ours.model.rotary_emb  # its tables are no part of the weights
-    return ours, base.eval()
+TASKS = ("prefill", "decode", "train", "memory", "train-memory", "longest")
+MEASURED_HERE = {"prefill", "decode", "train"}
+# Large enough for no cache of a processor to hold it.
+BANDWIDTH_BYTES = 1 << 28
+# H100 SXM, by its data sheet: dense bfloat16, HBM3, and NVLink in one direction.
+H100 = Device(flops=989e12, bandwidth=3.35e12, link=450e9)
 
 
-def theory(config: InfiniLlamaConfig) -> dict[str, float]:
-    """Multiply-adds per token and layer: the floor, and what reading and writing the memory adds."""
-    hidden, heads, kv_heads, dim = (
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-    )
-    floor = hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
-    floor += heads * dim * config.segment_length  # causal: half of 2 N D
-    memory = heads * dim * (dim + 1) + kv_heads * dim * dim * (2 if config.memory_update == "delta" else 1)
-    return {"floor": floor, "memory": memory, "ratio": 1 + memory / floor}
+# What the arithmetic leads to expect
 
 
-def seconds(device: str, function: Callable, *args, **kwargs) -> float:
-    """How long a call takes, work queued on a GPU included."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function(*args, **kwargs)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def theory(config: InfiniLlamaConfig, lengths: list[int]) -> dict[str, Any]:
+    """Multiply-adds per token and layer: the floor, and what reading and writing the memory adds.
+
+    Args:
+        config: of our model.
+        lengths: tokens, at which `full_over_ours` says how much more full attention takes.
+    """
+    parts, count = flops(config, config.segment_length), 2 * config.segment_length * config.num_hidden_layers
+    floor, memory = (parts["projections"] + parts["attention"]) / count, (parts["read"] + parts["write"]) / count
+    ratios = {
+        str(n): sum(flops(config, n, full=True).values()) / sum(flops(config, n).values())
+        for n in sorted(set(lengths))
+    }
+    return {"floor": floor, "memory": memory, "ratio": 1 + memory / floor, "full_over_ours": ratios}
+
+
+def memory_bandwidth(device: str, repeats: int = 5) -> dict[str, float]:
+    """Bytes per second that a sum reads, and that a copy reads and writes, of a large tensor; the best of each.
+
+    The maximum, as `bytes_per_s`, is what a floor is to be computed with.
+    """
+    x = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    y = torch.empty_like(x)
+    rates = {
+        "sum": max(x.nbytes / seconds(device, x.sum) for _ in range(repeats)),
+        "copy": max(2 * x.nbytes / seconds(device, y.copy_, x) for _ in range(repeats)),
+    }
+    return rates | {"bytes_per_s": max(rates.values())}
+
+
+# Measuring
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -110,39 +144,52 @@ def in_turn(calls: dict[str, Callable], repeats: int, title: str, device: str) -
     return times
 
 
-def against(ours: list[float], floor: list[float]) -> dict:
+def over(ours: list[float], other: list[float]) -> dict[str, Any]:
+    """How many times as long the first takes as the second."""
     return {
-        "floor_s": spread(floor),
-        "ratio_of_medians": statistics.median(ours) / statistics.median(floor),
-        "pair_ratios": spread([a / b for a, b in zip(ours, floor)]),
+        "ratio_of_medians": statistics.median(ours) / statistics.median(other),
+        "pair_ratios": spread([a / b for a, b in zip(ours, other)]),
     }
 
 
-def rows_by_rule(times: dict[str, list[float]], rules: list[str], count: int, tokens: int) -> list[dict]:
-    """For each rule, our times on this many segments and tokens, against the floor and, if there is one, that in blocks."""
+def rows_by_rule(times: dict[str, list[float]], rules: list[str], count: int, tokens: int) -> list[dict[str, Any]]:
+    """For each rule, our times on this many segments and tokens, against what else there is in `times`."""
     rows = []
     for rule in rules:
         mine = spread(times[rule])
-        row = {"segments": count, "rule": rule, "ours_s": mine, "tokens_per_s": tokens / mine["median"]}
-        row |= against(times[rule], times["floor"])
+        row = {
+            "segments": count,
+            "tokens": tokens,
+            "rule": rule,
+            "ours_s": mine,
+            "tokens_per_s": tokens / mine["median"],
+        }
+        row |= {"floor_s": spread(times["floor"])} | over(times[rule], times["floor"])
+        line = f"{count:>8} {rule:>7} {mine['median']:>9.3f} {row['tokens_per_s']:>9.0f}{compared(row, 'floor_s')}"
         if "floor in blocks" in times:
-            row["in_blocks"] = against(times[rule], times["floor in blocks"])
+            row["in_blocks"] = {"floor_s": spread(times["floor in blocks"])}
+            row["in_blocks"] |= over(times[rule], times["floor in blocks"])
+            line += compared(row["in_blocks"], "floor_s")
+        if "full" in times:
+            row["full"] = {"full_s": spread(times["full"])} | over(times["full"], times[rule])
+            line += compared(row["full"], "full_s")
         rows.append(row)
-        line = f"{count:>8} {rule:>7} {mine['median']:>9.3f} {row['tokens_per_s']:>9.0f}"
-        for floor in (row, row.get("in_blocks")):
-            if floor is not None:
-                pairs = floor["pair_ratios"]
-                line += f" {floor['floor_s']['median']:>9.3f} {floor['ratio_of_medians']:>11.3f}"
-                line += f"  {pairs['min']:>5.3f}..{pairs['max']:<5.3f}"
         say(line)
     return rows
+
+
+def compared(row: dict[str, Any], name: str) -> str:
+    pairs = row["pair_ratios"]
+    return f" {row[name]['median']:>9.3f} {row['ratio_of_medians']:>11.3f}  {pairs['min']:>5.3f}..{pairs['max']:<5.3f}"
 
 
 HEADER = f"{'segments':>8} {'rule':>7} {'ours s':>9} {'tokens/s':>9} {'floor s':>9} {'ours/floor':>11}  pairs min..max"
 
 
 @torch.no_grad()
-def bench_prefill(ours, base, segments: list[int], rules: list[str], repeats: int, device: str) -> list[dict]:
+def bench_prefill(
+    ours, base, segments: list[int], rules: list[str], repeats: int, device: str, full_limit: int
+) -> list[dict[str, Any]]:
     length = ours.config.segment_length
 
     def read(rule: str, ids: torch.Tensor) -> None:
@@ -150,61 +197,129 @@ def bench_prefill(ours, base, segments: list[int], rules: list[str], repeats: in
         ours(ids, logits_to_keep=1)
 
     rows = []
-    say(HEADER)
+    say(f"{HEADER} {'full s':>9} {'full/ours':>11}  pairs min..max")
     for count in segments:
         ids = torch.randint(ours.config.vocab_size, (1, count * length), device=device)
         calls = {"floor": partial(base, ids.view(count, length), use_cache=False, logits_to_keep=1)}
         calls |= {rule: partial(read, rule, ids) for rule in rules}
+        if ids.numel() <= full_limit:
+            calls["full"] = partial(base, ids, use_cache=False, logits_to_keep=1)
         times = in_turn(calls, repeats, f"{count} segments", device)
         rows += rows_by_rule(times, rules, count, ids.numel())
     return rows
 
 
 @torch.no_grad()
-def bench_decode(ours, base, contexts: list[int], tokens: int, device: str) -> dict:
+def bench_long(ours, length: int, window: int, repeats: int, device: str) -> dict[str, Any]:
+    """One text, a window of whole blocks at a time through one cache; and now and then another text of one window."""
+    block = ours.config.block_length
+    window = max(1, window // block) * block
+    count = length // window
+    if count < 2:
+        raise InputError(
+            f"--long-length is {length}: give at least two windows of {window} tokens, or a smaller --window"
+        )
+
+    def tokens_per_s(cache: InfiniCache) -> float:
+        ids = torch.randint(ours.config.vocab_size, (1, window), device=device)
+        return window / seconds(device, ours, ids, past_key_values=cache, logits_to_keep=1)
+
+    cache, windows, short = InfiniCache(ours.config), [], []
+    tokens_per_s(InfiniCache(ours.config))  # warm-up
+    turns = {round(index * (count - 1) / max(1, repeats - 1)) for index in range(repeats)}
+    for index in tqdm(range(count), desc=f"reading {count * window}", leave=False, disable=None):
+        if index in turns:
+            short.append(tokens_per_s(InfiniCache(ours.config)))
+        windows.append(tokens_per_s(cache))
+    quarter = max(1, count // 4)
+    result = {
+        "tokens": count * window,
+        "window": window,
+        "rule": ours.config.memory_update,
+        "windows_tokens_per_s": windows,
+        "short_tokens_per_s": spread(short),
+        "long_tokens_per_s": spread(windows),
+        "long_over_short": statistics.median(windows) / statistics.median(short),
+        "end_over_start": statistics.median(windows[-quarter:]) / statistics.median(windows[:quarter]),
+    }
+    say(
+        f"{count * window} tokens in windows of {window}: {statistics.median(windows):.0f} tokens/s, "
+        f"{result['long_over_short']:.3f} of texts of one window; last quarter over first {result['end_over_start']:.3f}"
+    )
+    return result
+
+
+def move_on(cache: InfiniCache, tokens: int) -> None:
+    """Tell a cache that it has read this many more tokens, whole segments: positions change, and nothing that costs time."""
+    timeline = cache.layers[0].timeline
+    positions = tuple(position + tokens for position in timeline.positions)
+    for layer in cache.layers:
+        layer.timeline = timeline._replace(seen=timeline.seen + tokens, positions=positions)
+
+
+@torch.no_grad()
+def bench_decode(ours, base, contexts: list[int], tokens: int, read_limit: int, device: str) -> dict[str, Any]:
     """Token by token after each context, in turn, all at the same place in the segment."""
-    vocab, length = ours.config.vocab_size, ours.config.segment_length
-    caches = {}
+    vocab, length, block = ours.config.vocab_size, ours.config.segment_length, ours.config.block_length
+    slot = contexts[0] % length
     for context in contexts:
-        cache = InfiniCache(ours.config)
-        chunk = ours.config.block_length
-        for start in tqdm(range(0, context, chunk), desc=f"reading {context}", leave=False, disable=None):
-            ids = torch.randint(vocab, (1, min(chunk, context - start)), device=device)
+        if context % length != slot:
+            raise InputError(
+                f"--contexts has {contexts[0]} and {context}, which are not at the same place in segments of {length} tokens: "
+                "let them differ by whole segments"
+            )
+    caches, read = {}, {}
+    for context in contexts:
+        cache = caches[context] = InfiniCache(ours.config)
+        # Whole segments less, and at least one, so that there is a memory.
+        skipped = max(0, context - max(read_limit, length + slot)) // length * length
+        read[context] = context - skipped
+        for start in tqdm(range(0, read[context], block), desc=f"reading {context}", leave=False, disable=None):
+            ids = torch.randint(vocab, (1, min(block, read[context] - start)), device=device)
             ours(ids, past_key_values=cache, logits_to_keep=1)
-        caches[context] = cache
-    base_cache = None
-    steps = {context: [] for context in contexts} | {"base": []}
+        move_on(cache, skipped)
+    base_cache = DynamicCache(config=base.config)
+    if slot:
+        base(torch.randint(vocab, (1, slot), device=device), past_key_values=base_cache, logits_to_keep=1)
+    bandwidth = memory_bandwidth(device)
+    steps: dict[int | str, list[float]] = {context: [] for context in contexts} | {"base": []}
     completing: list[float] = []
     for step in tqdm(range(tokens), desc="decoding", leave=False, disable=None):
         token = torch.randint(vocab, (1, 1), device=device)
+        here = (slot + step) % length
         for context, cache in caches.items():
-            is_last = (context + step) % length == length - 1
             elapsed = seconds(device, ours, token, past_key_values=cache, logits_to_keep=1)
             steps[context].append(elapsed)
-            if is_last:
+            if here == length - 1:
                 completing.append(elapsed)
-        if base_cache is None or (contexts[0] + step) % length == 0:
-            base_cache = base(token, use_cache=True).past_key_values  # the base sees one segment only
+        if here == 0:
+            base_cache = DynamicCache(config=base.config)  # the base sees one segment only
         elapsed = seconds(device, base, token, past_key_values=base_cache, logits_to_keep=1)
         steps["base"].append(elapsed)
-    first, last = contexts[0], contexts[-1]
+    medians = {name: statistics.median(values) for name, values in steps.items()}
+    of_contexts = [medians[context] for context in contexts]
     everything = [x for context in contexts for x in steps[context]]
     result = {
         "tokens": tokens,
         "segment_length": length,
+        "read": {str(context): count for context, count in read.items()},
         "s_per_token": {str(name): spread(values) for name, values in steps.items()},
-        "long_over_short": statistics.median(steps[last]) / statistics.median(steps[first]),
-        "ours_over_base": statistics.median(everything) / statistics.median(steps["base"]),
+        "long_over_short": medians[contexts[-1]] / medians[contexts[0]],
+        "flatness": max(of_contexts) / min(of_contexts),
+        "ours_over_base": statistics.median(everything) / medians["base"],
         "completing_over_median": statistics.median(completing) / statistics.median(everything)
         if completing
         else None,
         "completing_tokens": len(completing),
+        "floor": decode_floor(ours, base, [(slot + step) % length + 1 for step in range(tokens)], bandwidth),
     }
-    for name, values in steps.items():
-        say(
-            f"{'base, one segment' if name == 'base' else f'after {name} tokens':>24}: {spread(values)['median'] * 1e3:.2f} ms"
-        )
-    say(f"long over short context: {result['long_over_short']:.3f}; ours over base: {result['ours_over_base']:.3f}")
+    result["ours_over_floor"] = statistics.median(everything) / result["floor"]["s_per_token"]["ours"]
+    for name, values in medians.items():
+        say(f"{'base, one segment' if name == 'base' else f'after {name} tokens':>24}: {values * 1e3:.2f} ms")
+    say(
+        f"largest over smallest median: {result['flatness']:.3f}; ours over base: {result['ours_over_base']:.3f}; "
+        f"over the floor of {result['floor']['s_per_token']['ours'] * 1e3:.2f} ms: {result['ours_over_floor']:.3f}"
+    )
     if completing:
         say(
             f"the {len(completing)} tokens that complete a segment: {result['completing_over_median']:.3f} of the median"
@@ -212,9 +327,18 @@ def bench_decode(ours, base, contexts: list[int], tokens: int, device: str) -> d
     return result
 
 
-def checkpoint_activations(model) -> None:
-    # Transformers 5.22 renamed it.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+def decode_floor(ours, base, keys: list[int], bandwidth: dict[str, float]) -> dict[str, Any]:
+    """What a token must read and write, and how long that takes at this bandwidth; `keys` in view of each token."""
+    mean_keys = round(statistics.mean(keys))
+    moved = {}
+    for name, model in (("ours", ours), ("base", base)):
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        moved[name] = decode_bytes(ours.config, mean_keys, model.dtype.itemsize, full=model is base, weights=weights)
+    return {
+        "bandwidth": bandwidth,
+        "bytes": moved,
+        "s_per_token": {name: sum(parts.values()) / bandwidth["bytes_per_s"] for name, parts in moved.items()},
+    }
 
 
 def bench_train(
@@ -227,7 +351,7 @@ def bench_train(
     checkpointing: bool,
     autocast: bool,
     optimizer_step: bool,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Steps of both models in turn. They share their weights, which stay as they are, and not their gradients."""
     length, block = ours.config.segment_length, ours.config.block_length
     optimizers = {}
@@ -241,11 +365,7 @@ def bench_train(
     def step(model, *batches: torch.Tensor, rule: str | None = None) -> None:
         if rule is not None:
             model.config.memory_update = rule
-        rows = sum(len(batch) for batch in batches)
-        for ids in batches:
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            (loss * (len(ids) / rows)).backward()
+        train_step(model, *batches, autocast=autocast)
         if optimizer_step:
             optimizers[model].step()
         optimizers[model].zero_grad()
@@ -265,117 +385,24 @@ def bench_train(
     return rows
 
 
-def in_process(*arguments: str, **environment: str) -> dict:
-    """What `CHILDREN[arguments[0]]` returns in a fresh process, so that its peak is its own."""
-    command = [sys.executable, os.path.abspath(__file__), "none", "--child", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    if done.returncode:
-        raise RuntimeError(f"measuring {' '.join(arguments)} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+# The command
 
 
-def bench_memory(lengths: list[int]) -> dict:
-    """Peak resident memory of a plain `generate()`, a fresh process for each length."""
-    peaks = {}
-    for length in lengths:
-        child = peaks[str(length)] = in_process("memory", str(length))
-        say(
-            f"{length:>9} tokens: peak {child['peak_mb']:.1f} MB, {child['peak_mb'] - child['ids_mb']:.1f} MB without the "
-            f"input ids, {child['seconds']:.1f} s"
-        )
-    first, last = (peaks[str(length)] for length in (lengths[0], lengths[-1]))
-    ratio = (last["peak_mb"] - last["ids_mb"]) / (first["peak_mb"] - first["ids_mb"])
-    growth = (last["peak_mb"] - last["ids_mb"] - last["start_mb"]) / (
-        first["peak_mb"] - first["ids_mb"] - first["start_mb"]
-    )
-    say(f"longest over shortest: {ratio:.3f} of the process, {growth:.3f} of what the prompt added to it")
-    return {"lengths": peaks, "long_over_short": ratio, "long_over_short_added": growth}
-
-
-def bench_train_memory(segments: list[int]) -> dict:
-    """Peak resident memory that a training step adds, a fresh process for each length, checkpointed and plain."""
-    result: dict[str, dict] = {}
-    for mode in ("checkpointed", "plain"):
-        # glibc is to return what is freed: by default it comes to keep tensors in its heap, whose holes add to the peak.
-        peaks = {
-            str(count): in_process("train-memory", str(count), mode, MALLOC_MMAP_THRESHOLD_="65536")
-            for count in segments
-        }
-        for count, child in peaks.items():
-            say(
-                f"{count:>6} segments, {mode:>12}: activations {child['activations_mb']:.1f} MB, beside "
-                f"{child['start_mb']:.1f} MB of the process with weights and gradients, {child['seconds']:.1f} s"
-            )
-        ratio = peaks[str(segments[-1])]["activations_mb"] / peaks[str(segments[0])]["activations_mb"]
-        say(f"longest over shortest, {mode}: {ratio:.3f}")
-        result[mode] = {"segments": peaks, "long_over_short": ratio}
-    return result
-
-
-def memory_child(length: str) -> dict:
-    torch.manual_seed(0)
-    config = InfiniLlamaConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        segment_length=512,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = InfiniLlamaForCausalLM(config).eval()
-    model.generate(torch.randint(1, 1024, (1, 8)), max_new_tokens=4, do_sample=False)  # what loads once
-    before = peak_memory() / 2**20
-    ids = torch.randint(1, 1024, (1, int(length)))
-    elapsed = seconds("cpu", model.generate, ids, max_new_tokens=8, do_sample=False)
-    return {
-        "peak_mb": peak_memory() / 2**20,
-        "start_mb": before,
-        "ids_mb": 3 * ids.nbytes / 2**20,  # as given, as a copy for the model, and with the new token
-        "seconds": elapsed,
-    }
-
-
-def train_memory_child(segments: str, mode: str) -> dict:
-    torch.manual_seed(0)
-    config = InfiniLlamaConfig(
-        vocab_size=4096,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        segment_length=128,
-        block_segments=8,
-        tie_word_embeddings=True,
-    )
-    model = InfiniLlamaForCausalLM(config).train()
-    if mode == "checkpointed":
-        checkpoint_activations(model)
-
-    def step(tokens: int) -> None:
-        ids = torch.randint(1, config.vocab_size, (1, tokens))
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-
-    step(8)  # weights, gradients, and what loads once
-    model.zero_grad()
-    before = peak_memory() / 2**20
-    elapsed = seconds("cpu", step, int(segments) * config.segment_length)
-    peak = peak_memory() / 2**20
-    return {"peak_mb": peak, "start_mb": before, "activations_mb": peak - before, "seconds": elapsed}
-
-
-CHILDREN = {"memory": memory_child, "train-memory": train_memory_child}
+def above_zero(text: str) -> float:
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a converted model or a plain Llama: a folder or a Hub id")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure")
+    parser.add_argument("model", nargs="?", help="a converted model or a plain Llama: a folder or a Hub id")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:-1]), help="what to measure")
+    parser.add_argument("--output", metavar="FOLDER", help="for benchmark.json, benchmark.md and benchmark.png")
+    parser.add_argument("--page", metavar="FILE", help="write a page of --results and of what is measured now")
+    parser.add_argument(
+        "--results", metavar="FOLDER", nargs="+", default=[], help="page: what --output has had before"
+    )
     parser.add_argument(
         "--segments", type=positive, nargs="+", help="prefill (4 8 16 32), train (16): segments per text"
     )
@@ -383,14 +410,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rules",
         nargs="+",
         choices=["delta", "linear", "none"],
-        default=["delta", "linear"],
-        help="prefill, train: write rules",
+        help="prefill, train: write rules (delta linear); plan: the first (the model's)",
     )
     parser.add_argument("--repeats", type=positive, default=5, help="prefill, train: counted runs of each")
-    parser.add_argument("--no-checkpointing", action="store_true", help="train: both models keep their activations")
-    parser.add_argument("--autocast", action="store_true", help="train: under bfloat16 autocast")
-    parser.add_argument("--optimizer-step", action="store_true", help="train: with a step of AdamW, at rate 0")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 200_704], help="decode: tokens read before")
+    parser.add_argument(
+        "--full-limit", type=positive, default=16_384, help="prefill: longest text with full attention"
+    )
+    parser.add_argument("--long-length", type=positive, help="prefill: tokens of a long text to read as well")
+    parser.add_argument("--window", type=positive, default=16_384, help="prefill: tokens of it to time at once")
+    parser.add_argument("--no-checkpointing", action="store_true", help="train, longest: activations are kept")
+    parser.add_argument("--autocast", action="store_true", help="train, longest: under bfloat16 autocast")
+    parser.add_argument(
+        "--optimizer-step", action="store_true", help="train, longest: with a step of AdamW, at rate 0"
+    )
+    parser.add_argument(
+        "--contexts", type=positive, nargs="+", help="decode: tokens before (one segment, 64, and 10M tokens)"
+    )
+    parser.add_argument(
+        "--read-limit", type=positive, default=32_768, help="decode: tokens of a context that are really read"
+    )
     parser.add_argument("--tokens", type=positive, default=512, help="decode: tokens to time after each context")
     parser.add_argument(
         "--lengths", type=positive, nargs="+", default=[32_000, 1_000_000], help="memory: prompt lengths"
@@ -402,75 +440,200 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[8, 64],
         help="train-memory: segments per text, of 128 tokens, in blocks of 8",
     )
+    parser.add_argument("--budget-gb", type=above_zero, default=8.0, help="longest: memory of a process, in 1e9 bytes")
+    parser.add_argument("--times", type=positive, default=32, help="longest: the most that ours is tried for")
+    parser.add_argument("--plan", action="store_true", help="estimate from the config of MODEL, and measure nothing")
+    parser.add_argument("--length", type=positive, nargs="+", help="plan: tokens of the text")
+    parser.add_argument("--devices", type=positive, default=1, help="plan: that share it")
+    parser.add_argument("--flops", type=above_zero, default=H100.flops, help="plan: FLOP/s of a device")
+    parser.add_argument("--bandwidth", type=above_zero, default=H100.bandwidth, help="plan: bytes/s of its memory")
+    parser.add_argument("--link", type=above_zero, default=H100.link, help="plan: bytes/s that it sends to others")
     parser.add_argument("--segment-length", type=positive, help="override the model's")
     parser.add_argument("--block-segments", type=positive, help="override the model's")
     parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (float32; plan: bfloat16)",
     )
     parser.add_argument("--device", default="cpu", help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    if args.child:
-        task, *arguments = args.child
-        print(json.dumps(CHILDREN[task](*arguments)))
-        return
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    result = {
-        "command": [os.path.basename(sys.argv[0]), *(argv if argv is not None else sys.argv[1:])],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {args.device}",
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for what can be seen without a model."""
+    if args.model is None and (args.plan or not args.results):
+        raise InputError("MODEL is missing: name a folder or a Hub id, or --results to make a --page of")
+    if args.results and args.page is None:
+        raise InputError("--results has no effect without --page: name the file to write")
+    if args.plan and args.length is None:
+        raise InputError("--plan needs --length: give the tokens of the text")
+    if args.length is not None and not args.plan:
+        raise InputError("--length belongs to --plan; lengths to measure are --segments, --contexts and --lengths")
+
+
+def machine(device: str) -> str:
+    """What the numbers depend on, in words."""
+    name = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    text = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{text}, {device if device == 'cpu' else torch.cuda.get_device_name(device)}"
+
+
+def circumstances(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """Without which a number is no result. Of paths of this machine only the last part is kept."""
+    return {
+        "model": Path(args.model).name,
+        "command": [Path(word).name if Path(word).is_absolute() else word for word in command],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(args.device),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dtype": args.dtype,
+        "seed": args.seed,
     }
-    if set(args.tasks) & {"prefill", "decode", "train"}:
-        ours, base = load_pair(
-            args.model,
-            getattr(torch, args.dtype),
-            args.device,
-            segment_length=args.segment_length,
-            block_segments=args.block_segments,
-        )
-        cost = theory(ours.config)
+
+
+def save(result: dict[str, Any], folder: str | None) -> None:
+    """Whole files, each in place of the last one."""
+    if folder is None:
+        return
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write(path / "benchmark.json", json.dumps(result, indent=1))
+        write(path / "benchmark.md", benchmark_report.tables(result))
+        benchmark_report.plot(result, path / "benchmark.png")
+    except OSError as error:
+        raise InputError(f"--output '{folder}' cannot be written ({error.strerror}): name another") from error
+
+
+def read_results(folders: list[str]) -> list[dict[str, Any]]:
+    results = []
+    for folder in folders:
+        try:
+            results.append(json.loads((Path(folder) / "benchmark.json").read_text(encoding="utf-8")))
+            benchmark_report.tables(results[-1])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"--results '{folder}' has no benchmark.json that can be read ({type(error).__name__}: {one_line(error)}): "
+                "name a folder that --output has written"
+            ) from error
+    return results
+
+
+def make_plans(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    config = read_config(
+        args.model,
+        segment_length=args.segment_length,
+        block_segments=args.block_segments,
+        memory_update=args.rules[0] if args.rules else None,
+    )
+    device = Device(args.flops, args.bandwidth, args.link)
+    result["plan"] = [plan(config, length, args.devices, args.dtype, device) for length in args.length]
+    for content in result["plan"]:
+        say(f"{plan_table(content)}\n")
+
+
+def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Fill `result`, task by task, and save it after each."""
+    config = None
+    if set(args.tasks) & (MEASURED_HERE | {"longest"}):
+        settings = {"segment_length": args.segment_length, "block_segments": args.block_segments}
+        config = read_config(args.model, **settings)
+    if set(args.tasks) & MEASURED_HERE:
+        ours, base = load_pair(args.model, getattr(torch, args.dtype), args.device, **settings)
+        length = config.segment_length
+        segments = {"prefill": args.segments or [4, 8, 16, 32], "train": args.segments or [16]}
+        rules, rule = args.rules or ["delta", "linear"], ours.config.memory_update
         result["attention"] = ours.config._attn_implementation
-        result |= {"segment_length": ours.config.segment_length, "block_length": ours.config.block_length}
-        result["theory"] = cost
-        say(
-            f"per token and layer: floor {cost['floor'] / 1e6:.2f} M multiply-adds, memory {cost['memory'] / 1e6:.3f} M; "
-            f"expected ratio {cost['ratio']:.3f} if both ran at the same speed"
-        )
-        rule = ours.config.memory_update
-        if "prefill" in args.tasks:
+        result |= {"segment_length": length, "block_length": config.block_length}
+        result["theory"] = theory(config, [count * length for count in segments["prefill"]])
+        say(benchmark_report.theory_text(result))
+    for task in TASKS:
+        if task not in args.tasks:
+            continue
+        if task == "prefill":
             result["prefill"] = bench_prefill(
-                ours, base, args.segments or [4, 8, 16, 32], args.rules, args.repeats, args.device
+                ours, base, segments["prefill"], rules, args.repeats, args.device, args.full_limit
             )
             ours.config.memory_update = rule
-        if "decode" in args.tasks:
-            result["decode"] = bench_decode(ours, base, args.contexts, args.tokens, args.device)
-        if "train" in args.tasks:
+            if args.long_length is not None:
+                result["long"] = bench_long(ours, args.long_length, args.window, args.repeats, args.device)
+        elif task == "decode":
+            contexts = args.contexts or [length, 64 * length, max(10_000_000 // length, 65) * length]
+            result["decode"] = bench_decode(ours, base, contexts, args.tokens, args.read_limit, args.device)
+        elif task == "train":
             result["train"] = bench_train(
                 ours,
                 base,
-                args.segments or [16],
-                args.rules,
+                segments["train"],
+                rules,
                 args.repeats,
                 args.device,
                 checkpointing=not args.no_checkpointing,
                 autocast=args.autocast,
                 optimizer_step=args.optimizer_step,
             )
-    if "memory" in args.tasks:
-        result["memory"] = bench_memory(args.lengths)
-    if "train-memory" in args.tasks:
-        result["train_memory"] = bench_train_memory(args.memory_segments)
+        elif task == "memory":
+            result["memory"] = bench_memory(args.lengths)
+        elif task == "train-memory":
+            result["train_memory"] = bench_train_memory(args.memory_segments)
+        elif task == "longest":
+            how = {
+                "dtype": args.dtype,
+                "checkpointing": not args.no_checkpointing,
+                "autocast": args.autocast,
+                "optimizer_step": args.optimizer_step,
+            }
+            budget = int(args.budget_gb * 1e9)
+            result["longest"] = bench_longest(
+                args.model, config, budget, args.times, torch.get_num_threads(), how | settings
+            )
+        save(result, args.output)
+
+
+def run(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """What the command line asks for; returns what is printed."""
+    check(args)
+    args.dtype = args.dtype or ("bfloat16" if args.plan else "float32")
+    results = read_results(args.results)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    printed: dict[str, Any] = {"page": args.page, "results": args.results}
+    if args.model is not None:
+        printed = circumstances(args, command)
+        if args.plan:
+            make_plans(args, printed)
+            save(printed, args.output)
+        else:
+            measure(args, printed)
+        results.append(printed)
+    if args.page is not None:
+        try:
+            write(Path(args.page), benchmark_report.page(results))
+        except InputError as error:
+            raise InputError(f"--page '{args.page}' cannot be written: name a file in a folder that exists") from error
+    return printed
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    try:
+        result = run(args, [Path(__file__).name, *argv])
+    except InputError as error:
+        say(f"error: {error}")
+        return 2
     print(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
