@@ -172,6 +172,7 @@ class InfiniCacheLayer(CacheLayerMixin):
             self.pending,
             restarts=layout.restarts,
             completes=layout.completes,
+            relay=layout.relay,
         )
         return starts.map(lambda x: x.flatten(0, 1))
 

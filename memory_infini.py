@@ -194,11 +194,12 @@ def scan(
     *,
     restarts: torch.Tensor | None = None,
     completes: torch.Tensor | None = None,
+    relay: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[MemoryState, MemoryState, MemoryState]:
     """Write S consecutive segments, with everything that is large computed for all of them at once.
 
     With C = sigma(K)^T V and A = sigma(K)^T R (R from the rule, known once the prefix sums of z are), a segment maps
-    M to M + C - A M. What runs segment after segment is only that D x D map.
+    M to M + C - A M. What runs segment after segment is only that D x D map. The S segments together are such a map too.
 
     Args:
         rule: a key of `WRITE_RULES`.
@@ -208,6 +209,8 @@ def scan(
         pending: what earlier tokens of the first segment, which are not in `sigma_k`, have added.
         restarts: (B, S) bool, segments that begin a new document, with an empty memory. None: no segment does.
         completes: (B, S) bool, segments that are full, or followed by another one of their document. None: all are.
+        relay: where these segments follow others that are elsewhere: given what these make of `memory`, and the factor of
+            M if it has one, it returns what to start with instead. See `parallel_infini`.
 
     Returns:
         The memory at the start of each segment, (B, S, K, ...); the memory after the last completed segment; and what
@@ -239,15 +242,26 @@ def scan(
                 still_open = still_open + added.masked_fill(complete, 0)
         return torch.stack(starts, dim=1), state, still_open
 
-    starts_z, last_z, open_z = run(memory.normalizer, pending.normalizer, lambda s, z: sums_z[:, s])  # eq 8
+    def add_z(s: int, z: torch.Tensor) -> torch.Tensor:
+        return sums_z[:, s]  # eq 8
+
+    start_z = memory.normalizer
+    if relay is not None:
+        start_z = relay(run(start_z, pending.normalizer, add_z)[1])
+    starts_z, last_z, open_z = run(start_z, pending.normalizer, add_z)
+
     reading_keys = WRITE_RULES[rule](sigma_k, starts_z)
-    if reading_keys is None:
-        starts_M, last_M, open_M = run(memory.matrix, pending.matrix, lambda s, M: sums_C[:, s])  # eq 8
-    else:
-        maps_A = sigma_k.transpose(-2, -1) @ reading_keys  # (B, S, K, D, D)
-        starts_M, last_M, open_M = run(
-            memory.matrix,
-            pending.matrix,
-            lambda s, M: sums_C[:, s] - maps_A[:, s] @ M,  # eq 9
-        )
+    maps_A = None if reading_keys is None else sigma_k.transpose(-2, -1) @ reading_keys  # (B, S, K, D, D)
+
+    def add_M(s: int, M: torch.Tensor) -> torch.Tensor:
+        return sums_C[:, s] if maps_A is None else sums_C[:, s] - maps_A[:, s] @ M  # eq 8, eq 9
+
+    start_M = memory.matrix
+    if relay is not None:
+        carry = None
+        if maps_A is not None:
+            identity = torch.eye(maps_A.shape[-1]).to(maps_A).expand_as(maps_A[:, 0])
+            carry = run(identity, torch.zeros_like(identity), lambda s, P: -maps_A[:, s] @ P)[1]
+        start_M = relay(run(start_M, pending.matrix, add_M)[1], carry)
+    starts_M, last_M, open_M = run(start_M, pending.matrix, add_M)
     return MemoryState(starts_M, starts_z), MemoryState(last_M, last_z), MemoryState(open_M, open_z)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -37,6 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
 from .configuration_infini import InfiniLlamaConfig
 from .memory_infini import MemoryState, mix, open_gate, read, sigma
+from .parallel_infini import find_places, refuse_padding
 from .timeline_infini import Layout, Timeline, block_widths, plan
 
 __all__ = [
@@ -259,6 +262,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         block_loss: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
+        context_group: ProcessGroup | DeviceMesh | None = None,
         **kwargs,
     ) -> InfiniModelOutput:
         """Llama's forward, over an input of any length, block after block.
@@ -276,6 +280,8 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 memory needed does not depend on the length.
             block_loss: called with the hidden states (batch, columns, hidden_size) of each block and which columns they
                 are. Its results are added up, and with `logits_to_keep=0` no hidden states are returned.
+            context_group: ranks that hold one sequence together, each a span of whole segments; this call is given the
+                span of this rank, as `parallel_infini.shard_sequence` cuts it. A span is one block, whatever its length.
 
         Returns:
             `last_hidden_state` (batch, tokens or `logits_to_keep`, hidden_size), `past_key_values`, `loss` if there is a
@@ -296,6 +302,18 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         config = self.config
         timeline = self._check_cache(past_key_values, batch_size)
         valid, positions = self._check_mask_and_positions(attention_mask, position_ids, batch_size, num_columns)
+        relay = None
+        if context_group is not None:
+            if past_key_values is not None:
+                raise ValueError(
+                    "`past_key_values` was passed together with `context_group`: the memory comes from the ranks before. "
+                    "Leave one of them out."
+                )
+            refuse_padding(valid)
+            timeline, relay = find_places(
+                context_group, positions, (batch_size, num_columns), config.segment_length, inputs.device
+            )
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = InfiniCache(config)
         returned_cache = past_key_values
@@ -304,6 +322,10 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 attention = decoder_layer.self_attn
                 cache_layer.fingerprint = projection_fingerprint(attention.k_proj, attention.v_proj)
         widths = block_widths(timeline, num_columns, config.segment_length, config.block_length)
+        if relay is not None:
+            # A later rank waits in each layer for all of this span. In blocks, ranks would work one after the other.
+            widths = [num_columns]
+            block_loss = block_loss and self._loss_in_parts(block_loss)
         if past_key_values is None and len(widths) > 1:
             past_key_values = InfiniCache(config)
         for name in PACKING_KWARGS:
@@ -321,6 +343,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 valid=None if valid is None else valid[:, start:stop],
                 positions=None if positions is None else positions[:, start:stop],
                 masks_allowed=not is_flash_attention_requested(config),
+                relay=relay,
             )
             timeline = layout.after
             # The backward pass begins with the last block: to compute that one twice would spare nothing. Unless a cache
@@ -354,6 +377,8 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         mask = local_attention_mask(self.config, layout, hidden_states)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=layout.rotary_positions)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            if layout.relay is not None and self.gradient_checkpointing and self.training:
+                decoder_layer = partial(self._checkpoint_function(), decoder_layer)
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=mask,
@@ -403,17 +428,36 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
             block = self._block_and_loss(inputs, layout, cache, head, **kwargs)
             return block, [x for layer in cache.layers for x in layer.state()] if num_layers else []
 
+        flat_states = (x for state in states for x in state)
+        block, new_states = self._checkpoint_function()(run, inputs, *flat_states)
+        for index, layer in enumerate(layers):
+            layer.set_state(new_states[index * width : (index + 1) * width], layout.after)
+            layer.written_with = (layout.segment_length, layout.memory_update)
+        return block
+
+    def _checkpoint_function(self) -> Callable:
+        """What Transformers checkpoints with, without the reentrant kind."""
         checkpoint = self._gradient_checkpointing_func
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
             logger.warning_once(
                 "`use_reentrant=True` has no effect: ids, which a block starts from, have no gradient."
             )
             checkpoint = partial(checkpoint, use_reentrant=False)
-        block, new_states = checkpoint(run, inputs, *(x for state in states for x in state))
-        for index, layer in enumerate(layers):
-            layer.set_state(new_states[index * width : (index + 1) * width], layout.after)
-            layer.written_with = (layout.segment_length, layout.memory_update)
-        return block
+        return checkpoint
+
+    def _loss_in_parts(self, block_loss: Callable[[torch.Tensor, slice], torch.Tensor]) -> Callable:
+        """`block_loss` of a block that is longer than others, with the logits of no more tokens at once than theirs."""
+
+        def loss(hidden_states: torch.Tensor, columns: slice) -> torch.Tensor:
+            checkpointing = self.gradient_checkpointing and self.training
+            run = partial(self._checkpoint_function(), block_loss) if checkpointing else block_loss
+            losses, stop = [], columns.start
+            for part in hidden_states.split(self.config.block_length, dim=1):
+                start, stop = stop, stop + part.shape[1]
+                losses.append(run(part, columns=slice(start, stop)))
+            return sum(losses)
+
+        return loss
 
     def _check_cache(self, cache: Cache | None, batch_size: int) -> Timeline:
         """The timeline of the cache, if it is one that this model can go on with."""
@@ -569,6 +613,13 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
             `loss` if there are labels, `logits` (batch, tokens kept, vocab_size) or None, `past_key_values`.
         """
         targets = kwargs.get("shift_labels")
+        if kwargs.get("context_group") is not None and (labels is not None or targets is not None):
+            if targets is None or kwargs.get("num_items_in_batch") is None:
+                raise ValueError(
+                    "`labels` of a span lack the first token of the next one, and its loss the number of targets in all of "
+                    "them. With `context_group`, pass `shift_labels` and `num_items_in_batch`, as `shard_sequence` "
+                    "returns them."
+                )
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         few_logits = isinstance(logits_to_keep, int) and logits_to_keep > 0

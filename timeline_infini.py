@@ -13,7 +13,7 @@ There are two kinds of layout:
 Legend: B batch, T columns of the block, S segments, N segment length, W slots of the widest segment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -77,6 +77,7 @@ class Layout:
         output_index: (B * T,), the way back: which of B * S * W + 1 slots holds which token (the last one is empty).
         open_index: (B * L,), which keys stay in the cache as the open segment, numbered like `key_index`.
         restarts, completes: (B, S) bool, or (B,) for a layout within. See `memory_infini.scan`.
+        relay: brings the memory to start with from other ranks, to a layout across. See `parallel_infini`.
     """
 
     segment_length: int
@@ -99,6 +100,7 @@ class Layout:
     open_index: torch.Tensor | None = None
     restarts: torch.Tensor | None = None
     completes: torch.Tensor | None = None
+    relay: Callable[..., torch.Tensor] | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Layout":
         """The same layout with its tensors on `device`."""
@@ -153,6 +155,7 @@ def plan(
     valid: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     masks_allowed: bool = True,
+    relay: Callable[..., torch.Tensor] | None = None,
 ) -> Layout:
     """Lay out the next `num_columns` tokens of each row.
 
@@ -165,6 +168,7 @@ def plan(
             come after the one before it starts a new document. None: each row goes on where it stands.
         masks_allowed: whether the attention implementation can mask each query on its own. If not, segments that are
             being continued are computed from their first slot on.
+        relay: for the layout, which is then across segments even if there is only one.
     """
     if valid is not None and bool(valid.all()):
         valid = None
@@ -172,10 +176,11 @@ def plan(
         going_on = torch.tensor(timeline.positions)[:, None] + 1 + torch.arange(num_columns)
         if torch.equal(positions, going_on):
             positions = None
-    common = {"segment_length": segment_length, "memory_update": memory_update, "before": timeline}
+    common = {"segment_length": segment_length, "memory_update": memory_update, "before": timeline, "relay": relay}
     if valid is None and positions is None and timeline.is_aligned(segment_length):
         filled = timeline.filled[0]
-        if filled + num_columns < segment_length or (filled > 0 and filled + num_columns == segment_length):
+        fits = filled + num_columns < segment_length or (filled > 0 and filled + num_columns == segment_length)
+        if fits and relay is None:
             return _plan_aligned_within(timeline, num_columns, common)
         if filled == 0 and num_columns % segment_length == 0:
             return _plan_aligned_across(timeline, num_columns, common)
@@ -259,7 +264,7 @@ def _plan_unaligned(
     F = int(filled.max())
     # With padding on the right only, and nothing before, slots are columns and plain causal attention is right.
     slots_are_columns = F == 0 and bool((~valid | (slot == columns)).all())
-    stays = not bool(restart.any()) and bool((last_segment <= (filled == 0)).all())
+    stays = common["relay"] is None and not bool(restart.any()) and bool((last_segment <= (filled == 0)).all())
     stays = stays and (masks_allowed or T == 1 or slots_are_columns)
     # Where no row continues a segment, segment 0 is nobody's.
     first = 0 if F > 0 or not bool(valid.any()) else 1
