@@ -242,9 +242,7 @@ class Training:
             evaluation = self.evaluate()
         self.export()
         gates = gate_summary(self.infini_model)
-        # Nobody leaves while another writes. And threads of gloo still let go of tensors that Python knows, which aborts a
-        # process that is on its way out.
-        accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()  # nobody leaves while another writes
         accelerator.end_training()
         last = read_log(self.log_path)[-options.advance_window :]
         return {
@@ -767,4 +765,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Everything is written. Threads of gloo, which FSDP's meshes keep alive, now and then abort or hang a process while
+        # its interpreter shuts down, and the launcher takes that for a failed run.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
