@@ -1,6 +1,7 @@
 """README and docs tell the truth: their commands and Python run, in order, on a tiny Llama instead of SmolLM2."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -46,6 +47,8 @@ def test_the_commands_run_in_order(place: Path) -> None:
     for command in commands:
         script, *arguments = shlex.split(command)[1:]
         arguments = ["llama" if argument == HUB_ID else argument for argument in arguments]
+        if script == "scripts/evaluate.py":
+            arguments = [str(ROOT / arguments[0]), *arguments[1:], "--samples", "1"]
         if script == "scripts/train.py":
             arguments = [str(ROOT / arguments[0]), *arguments[1:], *FEWER]
         done = subprocess.run(
@@ -54,6 +57,8 @@ def test_the_commands_run_in_order(place: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (place / "book.safetensors").exists()
     assert (place / "passkey/model/config.json").exists()
+    cells = json.loads((place / "results/results.json").read_text())["cells"]
+    assert cells["passkey/16384/0"]["accuracy"] == {"memory": 1.0, "off": 0.0}
 
 
 def test_the_python_runs_in_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
