@@ -14,15 +14,18 @@ pip_install = $(python) -m pip install -qq --constraint constraints.txt
 installed = $(VENV)/.installed
 smollm2 = $(VENV)/.smollm2
 deepspeed = $(VENV)/.deepspeed
+documented = $(patsubst %.py,infini_llama.%,$(sort $(wildcard *_infini.py))) infini_llama.hub_upload \
+	$(addprefix infini_llama.scripts.,evaluation_tasks retrieval_tasks training_data)
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-fast style quality clean
+.PHONY: help demo test test-fast docs style quality clean
 
 help:
 	@echo 'make demo       find a passkey with a trained memory; convert a real Llama, read 100,000 tokens, ask, save, ask again'
 	@echo '                MODEL=<Hub id or folder> takes another Llama; DEMO_ARGS=... goes to scripts/demo.py'
 	@echo 'make test       every test; PYTEST_ARGS=... goes to pytest'
 	@echo 'make test-fast  without training and real checkpoints'
+	@echo 'make docs       the API reference as HTML, from the docstrings, in build/docs'
 	@echo 'make style      fix and format the code'
 	@echo 'make quality    check style and format, change nothing'
 	@echo 'make clean      remove $(VENV), caches and build artefacts; demo_output/ stays'
@@ -37,6 +40,10 @@ test: $(installed) $(smollm2) $(deepspeed)
 
 test-fast: $(installed)
 	@$(python) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+docs: $(installed)
+	@$(python) -m pdoc --docformat google --output-directory build/docs $(documented)
+	@echo 'The API reference is build/docs/index.html'
 
 style: $(installed)
 	@$(python) -m ruff check --fix .

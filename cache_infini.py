@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_infini import LAYER_TYPE, InfiniLlamaConfig
-from .memory_infini import MemoryState, scan, sigma, write
+from .memory_infini import MemoryState, scan, sigma, step, write
 from .timeline_infini import Layout, Timeline, gather_tokens
 
 __all__ = ["InfiniCache", "InfiniCacheLayer", "projection_fingerprint"]
@@ -36,7 +36,7 @@ STATE = (
 class InfiniCacheLayer(CacheLayerMixin):
     """What one layer keeps between forward calls. Legend of the shapes: see `memory_infini`.
 
-    Fields:
+    Attributes:
         memory: of all completed segments; (B, K, D, D) and (B, K, D), float32. None before the first token.
         pending: what the tokens of the open segment add to it once the segment is full, in the same shapes. Keeping it
             makes every token cost the same, and spares a copy of the keys without rotary positions.
@@ -153,10 +153,7 @@ class InfiniCacheLayer(CacheLayerMixin):
             sigma_k = sigma(keys)  # (B, T, K, D)
             if layout.valid is not None:
                 sigma_k = sigma_k * layout.valid[:, :, None, None]  # sigma(0) is 1: padding must be taken out after it
-            self.pending = self.pending.add(write(rule, sigma_k.transpose(1, 2), value_states, start))
-            if layout.completes is not None:
-                self.memory = start.add(self.pending, where=layout.completes)
-                self.pending = self.pending.masked(~layout.completes)
+            self._go_on(self.pending.add(write(rule, sigma_k.transpose(1, 2), value_states, start)), layout)
             return start
 
         def to_segments(x: torch.Tensor) -> torch.Tensor:
@@ -175,6 +172,43 @@ class InfiniCacheLayer(CacheLayerMixin):
             relay=layout.relay,
         )
         return starts.map(lambda x: x.flatten(0, 1))
+
+    def step(
+        self,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        local: torch.Tensor,
+        beta: torch.Tensor,
+        layout: Layout,
+    ) -> torch.Tensor:
+        """Write one token of each row, and mix what it reads into A_local, see `memory_infini.step`.
+
+        Args:
+            query_states: (B, K, G, D), without rotary positions.
+            key_states, value_states: (B, K, 1, D), as for `update_memory`.
+            local: (B, K, G, D).
+            beta: (K, G).
+            layout: within segments, of rows some of which have a memory.
+
+        Returns:
+            (B, K, G, D) float32.
+        """
+        sigma_x = sigma(torch.cat([key_states, query_states], dim=2))
+        if layout.valid is not None:
+            sigma_x[:, :, 0] *= layout.valid[:, :, None]  # sigma(0) is 1: padding must be taken out after it
+        if self.pending.matrix.requires_grad:  # the graph of an earlier call may need it
+            self.pending = self.pending.map(torch.clone)
+        output = step(layout.memory_update, sigma_x, value_states, local, beta, self.memory, self.pending)
+        self._go_on(self.pending, layout)
+        return output
+
+    def _go_on(self, pending: MemoryState, layout: Layout) -> None:
+        """The open segments have added `pending` so far; take it into the memory of the rows whose segment is full."""
+        self.pending = pending
+        if layout.completes is not None:
+            self.memory = self.memory.add(pending, where=layout.completes)
+            self.pending = pending.masked(~layout.completes)
 
     def state(self) -> tuple[torch.Tensor | None, ...]:
         """All tensors, in the order of `STATE`, for code that passes state on as a value, as gradient checkpoints do."""
@@ -229,14 +263,17 @@ class InfiniCacheLayer(CacheLayerMixin):
         self._select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put `repeats` copies of each row in its place."""
         if self.timeline is not None:
             self._select_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows with these indices, or where this mask is True, in this order."""
         if self.timeline is not None:
             self._select_rows(torch.arange(self.batch_size)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Refused, unless it is 0: tokens cannot be taken out of a memory again."""
         if tokens_to_remove != 0:
             raise ValueError(
                 f"`crop({tokens_to_remove})`: tokens cannot be taken out of a compressive memory again. Keep a copy "

@@ -5,6 +5,7 @@ segments, which bounds the memory that a long input needs.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,10 +124,17 @@ class InfiniLlamaAttention(LlamaAttention):
 
         has_memory = layout.memory_update != "none"
         if has_memory and (layout.reads or past_key_values is not None):
-            with torch.autocast(hidden_states.device.type, enabled=False):
-                memory = cache.update_memory(key_states, value_states, layout)
-                if layout.reads:
-                    attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory)
+            is_step = num_tokens == 1 and layout.num_segments == 0 and layout.reads and not torch.is_grad_enabled()
+            is_step = is_step and (layout.valid is None or batch_size > 1)  # a row alone has a token
+            device_type = hidden_states.device.type
+            autocasts = torch.is_autocast_enabled(device_type)
+            with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
+                if is_step:
+                    attn_output = self._step(attn_output, query_states, key_states, value_states, cache, layout)
+                else:
+                    memory = cache.update_memory(key_states, value_states, layout)
+                    if layout.reads:
+                        attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory)
         if self.training and not (has_memory and layout.reads):
             # Data-parallel training waits for a gradient of every parameter, and short texts read nothing.
             attn_output = attn_output + 0.0 * self.memory_gate().sum().to(attn_output.dtype)
@@ -146,6 +154,21 @@ class InfiniLlamaAttention(LlamaAttention):
         mixed = mix(gate.transpose(1, 2), attn_output.unflatten(2, groups), gated_memory.transpose(1, 2))
         return mixed.flatten(2, 3).to(attn_output.dtype)
 
+    def _step(
+        self,
+        attn_output: torch.Tensor,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        cache: InfiniCacheLayer,
+        layout: Layout,
+    ) -> torch.Tensor:
+        """The same, and the write, for one token per row: attn_output and query_states (batch, 1, heads, head_dim)."""
+        shape = (attn_output.shape[0], -1, self.num_key_value_groups, self.head_dim)
+        beta = self.memory_gate().view(shape[1:3])
+        mixed = cache.step(query_states.view(shape), key_states, value_states, attn_output.view(shape), beta, layout)
+        return mixed.view_as(attn_output).to(attn_output.dtype)
+
 
 class InfiniLlamaDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: InfiniLlamaConfig, layer_idx: int):
@@ -157,6 +180,8 @@ class InfiniLlamaDecoderLayer(LlamaDecoderLayer):
 
 
 class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """What all models share: initial gates, and groups of parameters and statistics with the gates apart."""
+
     config: InfiniLlamaConfig
     config_class = InfiniLlamaConfig
     _no_split_modules = ["InfiniLlamaDecoderLayer"]
@@ -237,6 +262,12 @@ class InfiniModelOutput(BaseModelOutputWithPast):
 
 
 class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
+    """Llama's layers with a memory each, without a head.
+
+    Args:
+        config: its shape, and how it remembers.
+    """
+
     def __init__(self, config: InfiniLlamaConfig):
         super(LlamaModel, self).__init__(config)  # LlamaModel's own would build its layers first, to be thrown away
         self.padding_idx = config.pad_token_id
@@ -575,6 +606,19 @@ def _join_tokens(blocks: list[tuple[torch.Tensor, ...] | None], dim: int) -> tup
 
 
 class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
+    """A language model that reads texts of any length; for all else, what Transformers says of `LlamaForCausalLM` holds.
+
+    Args:
+        config: its shape, and how it remembers.
+
+    Example:
+
+    ```python
+    >>> model = InfiniLlamaForCausalLM.from_pretrained("infini-smollm2")  # a folder of scripts/convert.py
+    >>> output = model.generate(ids, max_new_tokens=50)
+    ```
+    """
+
     def __init__(self, config: InfiniLlamaConfig):
         super(LlamaForCausalLM, self).__init__(config)  # as in InfiniLlamaModel
         self.model = InfiniLlamaModel(config)
@@ -719,15 +763,18 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
+        """Refused: pages of keys and values cannot hold a memory."""
         raise ValueError(
             "Continuous batching pages keys and values, and cannot hold a compressive memory. Use `generate` with a batch."
         )
 
     def generate_batch(self, *args, **kwargs):
+        """Refused, as `init_continuous_batching`. `generate` takes batches."""
         return self.init_continuous_batching()
 
 
-class InfiniLlamaForSequenceClassification(GenericForSequenceClassification, InfiniLlamaPreTrainedModel): ...
+class InfiniLlamaForSequenceClassification(GenericForSequenceClassification, InfiniLlamaPreTrainedModel):
+    """A head that classifies each text by its last token."""
 
 
 if not __name__.startswith("transformers_modules."):

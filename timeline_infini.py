@@ -25,7 +25,7 @@ __all__ = ["Layout", "Timeline", "block_widths", "plan"]
 class Timeline(NamedTuple):
     """Where the rows of a batch stand.
 
-    Fields:
+    Attributes:
         seen: columns fed so far, padding included.
         positions: per row, the position of its last token, -1 before the first.
         filled: per row, tokens in its open segment.
@@ -39,6 +39,7 @@ class Timeline(NamedTuple):
 
     @classmethod
     def start(cls, batch_size: int) -> "Timeline":
+        """That of rows which have seen nothing yet."""
         return cls(seen=0, positions=(-1,) * batch_size, filled=(0,) * batch_size, has_memory=False)
 
     def select(self, rows: Sequence[int]) -> "Timeline":
@@ -59,7 +60,7 @@ class Timeline(NamedTuple):
 class Layout:
     """Where the tokens of one block go.
 
-    Fields:
+    Attributes:
         segment_length, memory_update: what the layers work with, from the config.
         before, after: the timeline at the start and at the end of the block.
         rotary_positions: (B or 1, T), positions modulo N.

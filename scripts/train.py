@@ -47,6 +47,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, get
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
+from infini_llama.memory_infini import MemoryState
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts.evaluation_tasks import bucket, bucket_label
 from infini_llama.scripts.generate import InputError, load_model, one_line, say
@@ -77,6 +78,9 @@ def weighted_causal_loss(
 # State passing
 
 
+SCALE_GROWTH = 1.25  # of `state_passing_scale`, a stage of the curriculum
+
+
 class CarriedMemory:
     """The memory of a text that grows without gradient, from which sequences start (arXiv 2507.02782).
 
@@ -101,10 +105,18 @@ class CarriedMemory:
         self.cache, self.tokens = InfiniCache(self.config), 0
         self.target = length * (max(self.max_tokens, length) / length) ** rng.random()
 
-    def rows(self, num_rows: int) -> InfiniCache:
-        """A copy for a batch."""
+    def rows(self, num_rows: int, rng: random.Random, max_scale: float) -> InfiniCache:
+        """A copy for a batch, each row's memory times a factor from 1 to `max_scale`, drawn evenly on a logarithmic scale.
+
+        c M and c z are what `linear` remembers of c copies of the text; so are they for `delta`, once what is read back
+        has settled. That is how a text of minutes stands for one of hours.
+        """
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(num_rows)
+        scale = torch.tensor([max_scale ** rng.random() for _ in range(num_rows)], device=cache.layers[0].device)
+        for layer in cache.layers:
+            matrix, normalizer = layer.memory
+            layer.memory = MemoryState(matrix * scale.view(-1, 1, 1, 1), normalizer * scale.view(-1, 1, 1))
         return cache
 
     def state_dict(self) -> dict[str, Any]:
@@ -258,14 +270,21 @@ class Training:
 
     @property
     def sequence_length(self) -> int:
-        return self.options.sequence_length[self.stage]
+        lengths = self.options.sequence_length
+        return lengths[min(self.stage, len(lengths) - 1)]
+
+    @property
+    def state_passing_scale(self) -> float:
+        """By how much carried memories are multiplied at most: it grows once sequences do not any more."""
+        growth = max(0, self.stage + 1 - len(self.options.sequence_length))
+        return min(self.options.state_passing_scale, SCALE_GROWTH**growth)
 
     # One step
 
     def train_step(self) -> dict[str, Any]:
         """Forward passes, backward passes and one step of the optimizer; returns what is to be logged."""
         options, accelerator = self.options, self.accelerator
-        started, length = time.perf_counter(), self.sequence_length
+        started, length, scale = time.perf_counter(), self.sequence_length, self.state_passing_scale
         num_rows = max(1, options.batch_tokens // length)
         self.model.train()
         losses = {name: [0.0, 0] for name in self.mixture.sources}
@@ -293,6 +312,7 @@ class Training:
             "loss": sum(total for total, _ in sums) / sum(count for _, count in sums),
             "losses": means,
             "sequence_length": length,
+            "state_passing_scale": scale,
             "tokens": self.tokens,
             "learning_rate": rates[0],
             "gate_learning_rate": rates[-1],
@@ -357,7 +377,7 @@ class Training:
             # The first piece of each row goes on where the memory ends; what follows are other documents.
             is_first = (positions == torch.arange(length)).cumprod(dim=1).bool()
             positions = torch.where(is_first, positions + memory.tokens, positions)
-            cache = memory.rows(num_rows)
+            cache = memory.rows(num_rows, rng, self.state_passing_scale)
         tensors = batch.input_ids, positions, batch.labels, batch.loss_weights
         return Batch(batch.source, *(x.to(device) for x in tensors)), cache
 
@@ -404,7 +424,8 @@ class Training:
     def advance(self, losses: dict[str, float]) -> None:
         """Go to the next stage of the curriculum when it is time."""
         options = self.options
-        if self.stage == len(options.sequence_length) - 1:
+        is_last = self.stage >= len(options.sequence_length) - 1
+        if is_last and self.state_passing_scale == options.state_passing_scale:
             return
         tasks = {name: loss for name, loss in losses.items() if self.mixture.sources[name].is_task}
         if tasks or not any(source.is_task for source in self.mixture.sources.values()):

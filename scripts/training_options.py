@@ -73,6 +73,12 @@ class TrainingOptions:
     state_passing_tokens: int = option(65536, "How long that text becomes at most, before another is begun.")
     state_passing_every: int = option(2, "It grows by one sequence, without gradient, every so many steps.")
 
+    state_passing_scale: float = option(
+        1.0,
+        "Each row's memory is multiplied by 1 to this factor, as if its text had been read that many times; the factor rises "
+        "from 1, by a quarter whenever the loss of the last steps is below --advance_below.",
+    )
+
     lora_rank: int = option(0, "Train an adapter of this rank, and the gates, instead of all weights.")
     adapter: str | None = option(None, "Go on with this adapter of the model, instead of beginning one of lora_rank.")
     lora_alpha: int | None = option(None, "Scale of the adapter; by default twice the rank.")
@@ -112,6 +118,10 @@ class TrainingOptions:
             raise InputError(f"`report_to` is {self.report_to!r}: choose one of {trackers}")
         if not 0 <= self.state_passing <= 1:
             raise InputError(f"`state_passing` is {self.state_passing}: give a share between 0 and 1")
+        if self.state_passing_scale < 1:
+            raise InputError(f"`state_passing_scale` is {self.state_passing_scale}: give a factor of 1 or more")
+        if self.state_passing_scale > 1 and self.advance_below is None:
+            raise InputError("`state_passing_scale` rises with the loss: say below which, with `advance_below`")
         if self.adapter is not None:
             for name, absent in (("lora_rank", 0), ("lora_alpha", None), ("gate_init", None)):
                 if getattr(self, name) != absent:

@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from infini_llama.memory_infini import WRITE_RULES, MemoryState, mix, normalized, open_gate, read, scan, sigma, write
+from infini_llama.memory_infini import (
+    WRITE_RULES,
+    MemoryState,
+    mix,
+    normalized,
+    open_gate,
+    read,
+    scan,
+    sigma,
+    step,
+    write,
+)
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64 throughout
 RULES = list(WRITE_RULES)
@@ -143,6 +154,30 @@ def test_both_rules_add_up_inside_a_segment(rule: str) -> None:
     whole = write(rule, sigma_k, values, memory)
     pieces = [write(rule, k, v, memory) for k, v in zip(sigma_k.split(3, 2), values.split(3, 2))]
     torch.testing.assert_close(pieces[0].add(pieces[1]).add(pieces[2]), whole, **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_read_mix_and_write(rule: str, dtype: torch.dtype) -> None:
+    """Also for a row with an empty memory, and for one whose token is padding."""
+    torch.manual_seed(0)
+    B, K, G, D = 3, 2, 3, 8
+    sigma_q, sigma_k = sigma(torch.randn(B, K, 1, G, D)), sigma(torch.randn(B, K, 1, D))
+    sigma_k[1] = 0
+    values, local = torch.randn(B, K, 1, D, dtype=dtype), torch.randn(B, 1, K, G, D, dtype=dtype)
+    beta = torch.randn(K, G)
+    memory = MemoryState(torch.randn(B, K, D, D), torch.rand(B, K, D)).masked(torch.tensor([True, True, False]))
+    pending = MemoryState(torch.randn(B, K, D, D), torch.rand(B, K, D))
+    expected_pending = pending.add(write(rule, sigma_k, values, memory))
+    gate = open_gate(beta, memory)
+    expected = mix(gate.transpose(1, 2), local, read(sigma_q, memory, gate).transpose(1, 2))
+    for rows in (slice(None), slice(0, 1)):
+        state, added = (MemoryState(*(x[rows].clone() for x in y)) for y in (memory, pending))
+        sigma_x = torch.cat([sigma_k, sigma_q.squeeze(2)], dim=2)[rows]
+        with torch.no_grad():
+            output = step(rule, sigma_x, values[rows], local[rows].squeeze(1), beta, state, added)
+        torch.testing.assert_close(output, expected[rows].squeeze(1))
+        torch.testing.assert_close(added, MemoryState(*(x[rows] for x in expected_pending)))
 
 
 def test_mix_is_equation_10_and_local_alone_while_empty() -> None:

@@ -328,6 +328,8 @@ def test_numbers_and_switches_of_a_recipe_mean_what_they_look_like(recipe):
         ("memory_update: nothing", ["recipe.yaml", "memory_update", "nothing", "delta"]),
         ("max_steps: 0", ["max_steps", "at least 1"]),
         ("state_passing: 1.5", ["state_passing", "between 0 and 1"]),
+        ("state_passing_scale: 0.5", ["state_passing_scale", "1 or more"]),
+        ("state_passing_scale: 4", ["state_passing_scale", "advance_below"]),
         ("sequence_length: [10, 20]", ["stage_steps", "advance_below"]),
         ("sequence_length: [10, 20]\nstage_steps: [1, 2]", ["stage_steps", "2 entries for 2"]),
         ("sequence_length: [10, 20]\nstage_steps: [1]\nadvance_below: 1", ["choose one"]),
@@ -594,6 +596,32 @@ def test_a_passed_state_grows_every_so_many_steps_and_restarts_at_its_target(tra
         assert len(set(sizes[start : start + every])) == 1
     for before, after, target in zip(sizes[::every], sizes[every::every], targets[::every]):
         assert after == (before + length if before + length <= target else length)
+
+
+def test_the_scale_of_passed_states_rises_while_the_loss_is_low(training, book):
+    """By a quarter each time that the window is full, once sequences have their last length, up to the one asked for."""
+    run = training(
+        data=[book],
+        state_passing=1.0,
+        state_passing_every=1000,
+        state_passing_scale=1.5,
+        sequence_length=[2 * N, 4 * N],
+        advance_below=1e9,
+        advance_window=2,
+    )
+    calls = watch(run)
+    records = [run.train_step() for _ in range(8)]
+    assert [r["sequence_length"] // N for r in records] == [2, 2, 4, 4, 4, 4, 4, 4]
+    assert [r["state_passing_scale"] for r in records] == [1, 1, 1, 1, 1.25, 1.25, 1.5, 1.5]
+    (memory,) = run.memories.values()
+    trained = [call for call in calls if call.is_trained]
+    for call, record in zip(trained, records):
+        for layer, original in zip(call.past_key_values.layers, memory.cache.layers):
+            factors = layer.memory.normalizer.sum((1, 2)) / original.memory.normalizer.sum()
+            assert (factors > 1 - 1e-5).all() and (factors < record["state_passing_scale"] + 1e-5).all()
+            for row, factor in enumerate(factors):
+                torch.testing.assert_close(layer.memory.matrix[row], original.memory.matrix[0] * factor)
+    assert len(set(factors.tolist())) == len(factors)
 
 
 def test_the_share_of_passed_states_is_the_one_asked_for(training, book):
