@@ -212,7 +212,7 @@ def step(
         values: (B, K, 1, V) in any dtype.
         local: (B, K, G, V) in any dtype, A_local.
         beta: (K, G).
-        memory: the memory at the start of the segment. A row alone has one, and a key that is to be written.
+        memory: the memory at the start of the segment.
         pending: what the segment has added before this token. It is updated in place.
 
     Returns:
@@ -221,11 +221,10 @@ def step(
     batch_size, num_heads, num_rows, _ = sigma_x.shape
     sigma_x, matrix, normalizer = sigma_x.flatten(0, 1), memory.matrix.flatten(0, 1), memory.normalizer.flatten(0, 1)
     denominator = torch.bmm(sigma_x, normalizer.unsqueeze(-1))  # (BK, 1 + G, 1)
-    bound = torch.bmm(sigma_x, matrix).div_(denominator)  # eq 7
-    gate = torch.sigmoid(beta.to(bound.dtype)).unsqueeze(-1)
-    if batch_size > 1:  # some of the rows may have no memory yet, or no token
-        bound.nan_to_num_()
-        gate = gate * (denominator > 0).view(batch_size, num_heads, num_rows, 1)[:, :, 1:]
+    is_positive = denominator > 0  # not so in an empty memory, and for a key that is not to be written
+    bound = torch.bmm(sigma_x, matrix).div_(denominator.masked_fill_(~is_positive, 1))  # eq 7
+    is_written = is_positive.view(batch_size, num_heads, num_rows, 1)[:, :, 1:]
+    gate = torch.sigmoid(beta.to(bound.dtype)).unsqueeze(-1) * is_written
     sigma_k, new_values = sigma_x[:, :1], values.reshape(-1, 1, values.shape[-1])
     if rule == "delta":
         new_values = new_values - bound[:, :1]

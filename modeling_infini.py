@@ -125,7 +125,6 @@ class InfiniLlamaAttention(LlamaAttention):
         has_memory = layout.memory_update != "none"
         if has_memory and (layout.reads or past_key_values is not None):
             is_step = num_tokens == 1 and layout.num_segments == 0 and layout.reads and not torch.is_grad_enabled()
-            is_step = is_step and (layout.valid is None or batch_size > 1)  # a row alone has a token
             device_type = hidden_states.device.type
             autocasts = torch.is_autocast_enabled(device_type)
             with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():

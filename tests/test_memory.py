@@ -171,7 +171,7 @@ def test_a_step_is_read_mix_and_write(rule: str, dtype: torch.dtype) -> None:
     expected_pending = pending.add(write(rule, sigma_k, values, memory))
     gate = open_gate(beta, memory)
     expected = mix(gate.transpose(1, 2), local, read(sigma_q, memory, gate).transpose(1, 2))
-    for rows in (slice(None), slice(0, 1)):
+    for rows in (slice(None), slice(0, 1), slice(1, 2), slice(2, 3)):
         state, added = (MemoryState(*(x[rows].clone() for x in y)) for y in (memory, pending))
         sigma_x = torch.cat([sigma_k, sigma_q.squeeze(2)], dim=2)[rows]
         with torch.no_grad():
