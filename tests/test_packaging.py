@@ -1,18 +1,20 @@
 """What must hold for the payload to travel alone, and for the repository to install and to describe itself."""
 
 import ast
-import itertools
 import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
 
 ROOT = Path(__file__).parent.parent
 PAYLOAD = sorted(ROOT.glob("*_infini.py"))  # the files that `save_pretrained` copies into a model repo
@@ -51,11 +53,20 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
     return imports
 
 
-def constraints() -> dict[str, str]:
-    """The pinned version of each distribution in constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def constraints(file: str = "constraints.txt") -> dict[str, str]:
+    """The pinned version of each distribution in a file of constraints."""
+    lines = (ROOT / file).read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(name): version for name, version in pins.items()}
+
+
+def promised(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for, with these extras."""
+    requirements = list(PYPROJECT["project"]["dependencies"])
+    for extra in extras:
+        requirements += PYPROJECT["project"]["optional-dependencies"][extra]
+    # An extra that includes another one names this project.
+    return [r for r in map(Requirement, requirements) if canonicalize_name(r.name) != PYPROJECT["project"]["name"]]
 
 
 def git_files(*options: str) -> list[Path]:
@@ -67,8 +78,10 @@ def git_files(*options: str) -> list[Path]:
     return [Path(line) for line in run.stdout.splitlines()]
 
 
-def test_the_payload_imports_with_torch_and_transformers_alone(tmp_path):
-    """In a folder of another name, with nothing importable but what torch and Transformers install by themselves."""
+def test_the_payload_works_with_torch_and_transformers_alone(tmp_path):
+    """In a folder of another name, with nothing importable but what torch and Transformers install by themselves, it is
+    imported, trains, generates, and is saved and loaded with its memory.
+    """
     for path in PAYLOAD:
         (tmp_path / path.name).write_text(path.read_text())
     every_module = set(metadata.packages_distributions())
@@ -78,14 +91,36 @@ def test_the_payload_imports_with_torch_and_transformers_alone(tmp_path):
 import importlib, sys
 from importlib.machinery import PathFinder
 
+started_with = set(sys.modules)  # a `.pth` file may have imported some of it
 find, hidden = PathFinder.find_spec, {hidden!r}
 PathFinder.find_spec = lambda name, *args: None if name.partition(".")[0] in hidden else find(name, *args)
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
 sys.path.insert(0, {str(tmp_path.parent)!r})
-for name in {[path.stem for path in PAYLOAD]!r}:
-    importlib.import_module({tmp_path.name!r} + "." + name)
-assert "transformers" in sys.modules and hidden.isdisjoint(sys.modules), hidden & set(sys.modules)
-assert "infini_llama" not in sys.modules
+files = {{name: importlib.import_module({tmp_path.name!r} + "." + name) for name in {[p.stem for p in PAYLOAD]!r}}}
+
+import torch
+from transformers import AutoModelForCausalLM
+
+config = files["configuration_infini"].InfiniLlamaConfig(
+    vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, segment_length=5
+)
+model = files["modeling_infini"].InfiniLlamaForCausalLM(config)
+ids = torch.arange(1, 18)[None]
+model(ids, labels=ids).loss.backward()
+model.eval().save_pretrained("model")
+loaded = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+cache = files["cache_infini"].InfiniCache(config)
+with torch.no_grad():
+    model(ids[:, :12], past_key_values=cache)
+cache.save("memory.safetensors")
+cache = files["cache_infini"].InfiniCache.load("memory.safetensors", model)
+settings = dict(max_new_tokens=7, do_sample=False)
+text = model.generate(ids[:, 12:], past_key_values=cache, **settings)[:, 5:]
+assert torch.equal(loaded.generate(ids, **settings)[:, 17:], text)
+
+loaded_modules = set(sys.modules) - started_with
+assert "transformers" in loaded_modules and hidden.isdisjoint(loaded_modules), hidden & loaded_modules
+assert "infini_llama" not in loaded_modules
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -144,10 +179,42 @@ def test_the_readme_shows_every_file():
 def test_the_constraints_lie_within_the_ranges_and_pin_every_dependency():
     """What CI installs is one of the combinations that pyproject.toml promises, and the same in every run."""
     pins = constraints()
-    extras = PYPROJECT["project"]["optional-dependencies"]
-    promised = [*PYPROJECT["project"]["dependencies"], *itertools.chain(*extras.values())]
-    for requirement in map(Requirement, promised):
+    for requirement in promised(*PYPROJECT["project"]["optional-dependencies"]):
         name = canonicalize_name(requirement.name)
-        if name != PYPROJECT["project"]["name"]:  # an extra that includes another one
-            assert name in pins, f"{name} has no version in constraints.txt"
-            assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is outside {requirement}"
+        assert name in pins, f"{name} has no version in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is outside {requirement}"
+
+
+def test_the_oldest_constraints_are_the_lower_bounds():
+    """What `make test-oldest` installs are the oldest versions that pyproject.toml promises; none that the payload's tests
+    need is missing.
+    """
+    pins = constraints("constraints-oldest.txt")
+    for requirement in promised(*PYPROJECT["project"]["optional-dependencies"]):
+        name = canonicalize_name(requirement.name)
+        if name in pins:
+            (lowest,) = [Version(s.version) for s in requirement.specifier if s.operator in {">=", "=="}]
+            assert Version(pins[name]) == lowest, f"{name} {pins[name]} is not the lower bound of {requirement}"
+    needed = {canonicalize_name(requirement.name) for requirement in promised("gguf")}
+    assert needed | {"pytest", "hypothesis"} <= set(pins)
+
+
+# What Transformers deprecates
+
+
+@pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning])
+@pytest.mark.parametrize(
+    "module", ["transformers.cache_utils", "transformers_modules.repo.modeling_infini", "infini_llama.modeling_infini"]
+)
+def test_a_deprecation_is_an_error(module, category):
+    """Whether it is due to Transformers itself, to this package or to code that came with a model folder."""
+    with pytest.raises(category):
+        warnings.warn_explicit("`x` is deprecated", category, "file.py", 1, module=module)
+
+
+def test_a_deprecation_in_the_log_is_an_error():
+    """In each of the ways in which Transformers logs, every time."""
+    logger = logging.get_logger("transformers.models.llama.modeling_llama")
+    for log in (logger.warning, logger.warning_once, logger.error) * 2:
+        with pytest.raises(FutureWarning):
+            log("`x` is deprecated and will be removed in v6")

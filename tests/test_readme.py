@@ -34,8 +34,8 @@ FEWER = "--max_steps 2 --batch_tokens 384 --sequence_length 384 --eval_length 38
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # A block of Python that begins so is quoted from there; all other blocks of a page are one session.
 QUOTE = re.compile(r"# (\w+_infini)\.([\w.]+)\n")
-# Its Python is a program for several processes, which `test_context_parallel.py` runs.
-RUN_ELSEWHERE = {"docs/context_parallel.md"}
+# Their Python is for several processes, and for a model with a chat template: the tests named after them run it.
+RUN_ELSEWHERE = {"docs/context_parallel.md", "docs/serving.md"}
 # Methods that do what Transformers says of them.
 AS_IN_TRANSFORMERS = {"get_max_length", "lazy_initialization", "offload", "prefetch", "reorder_cache", "reset"}
 
