@@ -29,12 +29,28 @@ sys.meta_path.insert(0, Hidden)
 """
 
 
+# As in this process: `-W` would take the name of a whole module, and Transformers logs half of its deprecations.
+DEPRECATIONS_ARE_ERRORS = """
+import logging, warnings
+
+for category in (FutureWarning, DeprecationWarning):
+    warnings.filterwarnings("error", category=category, module="transformers")  # and `transformers_modules`
+
+class Raise(logging.Handler):
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            raise FutureWarning(record.getMessage())
+
+logging.getLogger("transformers").addHandler(Raise(level=logging.WARNING))
+"""
+
+
 def run_in_fresh_process(program: str, home: Path, *arguments: str | Path) -> None:
     """Run a program offline, with empty caches of Hugging Face below `home`."""
     home.mkdir()
     caches = {"HF_HOME": str(home / "hf"), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | caches
-    command = [sys.executable, "-W", "error::FutureWarning:transformers", "-c", program, *map(str, arguments)]
+    command = [sys.executable, "-c", DEPRECATIONS_ARE_ERRORS + program, *map(str, arguments)]
     run = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
