@@ -115,8 +115,9 @@ class CarriedMemory:
         cache.batch_repeat_interleave(num_rows)
         scale = torch.tensor([max_scale ** rng.random() for _ in range(num_rows)], device=cache.layers[0].device)
         for layer in cache.layers:
-            matrix, normalizer = layer.memory
-            layer.memory = MemoryState(matrix * scale.view(-1, 1, 1, 1), normalizer * scale.view(-1, 1, 1))
+            if layer.memory is not None:  # as it is where `memory_update` is "none"
+                matrix, normalizer = layer.memory
+                layer.memory = MemoryState(matrix * scale.view(-1, 1, 1, 1), normalizer * scale.view(-1, 1, 1))
         return cache
 
     def state_dict(self) -> dict[str, Any]:
