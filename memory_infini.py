@@ -218,6 +218,7 @@ def step(
     Returns:
         A (B, K, G, V) float32.
     """
+    assert rule in ("linear", "delta"), rule  # another one would be taken for `linear`
     batch_size, num_heads, num_rows, _ = sigma_x.shape
     sigma_x, matrix, normalizer = sigma_x.flatten(0, 1), memory.matrix.flatten(0, 1), memory.normalizer.flatten(0, 1)
     denominator = torch.bmm(sigma_x, normalizer.unsqueeze(-1))  # (BK, 1 + G, 1)
