@@ -5,6 +5,8 @@ VENV = .venv
 OLDEST = .venv-oldest
 # `make demo MODEL=...`: a Hub id or a local folder, instead of SmolLM2 from its wheel
 MODEL ?=
+# `make demo TEXT=book.txt`: a file or folder to read, instead of Python's documentation
+TEXT ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -26,7 +28,8 @@ documented = $(patsubst %.py,infini_llama.%,$(sort $(wildcard *_infini.py))) inf
 
 help:
 	@echo 'make demo       find a passkey with a trained memory; convert a real Llama, read 100,000 tokens, ask, save, ask again'
-	@echo '                MODEL=<Hub id or folder> takes another Llama; DEMO_ARGS=... goes to scripts/demo.py'
+	@echo '                MODEL=<Hub id or folder> takes another Llama, TEXT=<file or folder> your own text;'
+	@echo '                DEMO_ARGS=... goes to scripts/demo.py'
 	@echo 'make test       every test; PYTEST_ARGS=... goes to pytest'
 	@echo 'make test-fast  without training and real checkpoints'
 	@echo 'make test-oldest  the tests of the payload with the oldest versions that pyproject.toml promises, in $(OLDEST)'
@@ -38,7 +41,7 @@ help:
 	@echo 'of PyTorch on Linux, set PIP_EXTRA_INDEX_URL to the address of PyTorch'"'"'s own index of CPU wheels.'
 
 demo: $(installed) $(if $(MODEL),,$(smollm2))
-	@$(python) scripts/demo.py $(if $(MODEL),--model '$(MODEL)') $(DEMO_ARGS)
+	@$(python) scripts/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(TEXT),--text '$(TEXT)') $(DEMO_ARGS)
 
 test: $(installed) $(smollm2) $(deepspeed)
 	@$(python) -m pytest $(PYTEST_ARGS)

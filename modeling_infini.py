@@ -52,6 +52,10 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
+# What this version of Transformers calls `past_key_values`, in its layers, outputs and `generate`: 5.24 renamed it. From
+# callers we take both names.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # What other code passes along to describe packed documents to a flash attention kernel. We read `position_ids` instead,
 # and the kernel sees segments, which these do not describe.
 PACKING_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -81,8 +85,8 @@ class InfiniLlamaAttention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
         layout: Layout,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -90,8 +94,8 @@ class InfiniLlamaAttention(LlamaAttention):
             hidden_states: (batch, tokens, hidden_size).
             position_embeddings: cosines and sines of the positions inside the segments, (batch or 1, tokens, head_dim).
             attention_mask: of the local attention, as the attention implementation wants it.
-            past_key_values: read, and updated. None: there is nothing before, and nothing is kept.
             layout: where the tokens go.
+            past_key_values: read, and updated. None: there is nothing before, and nothing is kept. Also called `cache`.
 
         Returns:
             The output (batch, tokens, hidden_size), and the weights of the local attention (batch, heads, tokens, slots)
@@ -99,6 +103,7 @@ class InfiniLlamaAttention(LlamaAttention):
         """
         batch_size, num_tokens, _ = hidden_states.shape
         hidden_shape = (batch_size, num_tokens, -1, self.head_dim)
+        past_key_values = kwargs.pop("cache", past_key_values)
         cache = InfiniCacheLayer() if past_key_values is None else past_key_values.layers[self.layer_idx]
 
         query_states = self.q_proj(hidden_states).view(hidden_shape)
@@ -184,7 +189,7 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
     config: InfiniLlamaConfig
     config_class = InfiniLlamaConfig
     _no_split_modules = ["InfiniLlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     # Gates take steps that bfloat16 would round away.
     _keep_in_fp32_modules_strict = ["memory_gate"]
     # What went into the memory cannot be taken back, so `generate` must not speculate.
@@ -293,6 +298,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         logits_to_keep: int = 0,
         block_loss: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
         context_group: ProcessGroup | DeviceMesh | None = None,
+        cache: InfiniCache | None = None,
         **kwargs,
     ) -> InfiniModelOutput:
         """Llama's forward, over an input of any length, block after block.
@@ -312,6 +318,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 are. Its results are added up, and with `logits_to_keep=0` no hidden states are returned.
             context_group: ranks that hold one sequence together, each a span of whole segments; this call is given the
                 span of this rank, as `parallel_infini.shard_sequence` cuts it. A span is one block, whatever its length.
+            cache: `past_key_values`, as Transformers calls it from 5.24 on.
 
         Returns:
             `last_hidden_state` (batch, tokens or `logits_to_keep`, hidden_size), `past_key_values`, `loss` if there is a
@@ -321,6 +328,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         Raises:
             ValueError: an argument has the wrong shape or kind (the message names it).
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -392,7 +400,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         return InfiniModelOutput(
             last_hidden_state=torch.cat(kept_states, dim=1) if len(kept_states) > 1 else next(iter(kept_states), None),
             loss=None if block_loss is None else sum(losses),
-            past_key_values=returned_cache,
+            **{CACHE: returned_cache},
             hidden_states=_join_tokens(hidden_states, dim=1),
             attentions=_join_tokens(attentions, dim=2),
         )
@@ -413,8 +421,8 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 layout=layout,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
@@ -636,6 +644,7 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: InfiniCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Llama's forward; see [`InfiniLlamaModel.forward`] for the inputs.
@@ -674,7 +683,7 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
@@ -689,7 +698,7 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -719,7 +728,7 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
         `generate` takes inputs that are no longer than the cache for new ones only if an attention mask says so. Text
         that is asked about is nearly always longer than the question, so we say so where the caller did not.
         """
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         if (
             cache is not None
             and mask is not None
@@ -739,8 +748,8 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
                 "this model has a fixed size as it is."
             )
         generation_config.cache_implementation = None
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = InfiniCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = InfiniCache(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prefill(
@@ -750,7 +759,7 @@ class InfiniLlamaForCausalLM(InfiniLlamaPreTrainedModel, LlamaForCausalLM):
 
         `generate` goes on from the last column. Padding has no position, so where it is changes nothing else.
         """
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
         if mask is not None and model_kwargs.get("inputs_embeds") is None and not bool(mask[:, -1].all()):
             new = input_ids.shape[1]
             if cache is not None and mask.shape[1] == new:

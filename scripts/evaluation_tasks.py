@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
+from infini_llama.modeling_infini import CACHE
 from infini_llama.scripts import generate
 from infini_llama.scripts.generate import InputError
 from infini_llama.scripts.retrieval_tasks import (
@@ -413,7 +414,7 @@ class Reader:
     def logits(self, ids: torch.Tensor, cache: Cache | None = None, keep: int = 0) -> torch.Tensor:
         """Logits (B, T or `keep`, vocab) of tokens (B, T)."""
         ids = ids.to(self.model.device)
-        cached = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        cached = {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
         return self.model(input_ids=ids, logits_to_keep=keep, **cached).logits
 
     def read(

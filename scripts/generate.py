@@ -50,7 +50,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.configuration_infini import InfiniLlamaConfig
-from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.modeling_infini import CACHE, InfiniLlamaForCausalLM
 from infini_llama.scripts import retrieval_tasks
 
 __all__ = [
@@ -344,7 +344,7 @@ def answer(
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=copy.deepcopy(cache),
+        **{CACHE: copy.deepcopy(cache)},
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token_id,
         streamer=streamer,

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from infini_llama.cache_infini import InfiniCache
-from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.modeling_infini import CACHE, InfiniLlamaForCausalLM
 
 RULES = ["linear", "delta", "none"]
 N = 5  # the segment length of the tiny model
@@ -91,6 +91,19 @@ def test_the_cache_that_generate_builds_is_ours(kwargs: dict) -> None:
     assert type(output.past_key_values) is InfiniCache
     assert output.past_key_values.get_seq_length() == 8 + NEW_TOKENS - 1
     assert type(model(ids).past_key_values) is InfiniCache
+
+
+def test_a_cache_may_be_passed_under_its_old_and_its_new_name() -> None:
+    """Transformers 5.24 renamed `past_key_values` to `cache`; a model takes both, with any version."""
+    model, ids = tiny_model(), random_ids(1, 2 * N + 2)
+    caches = [InfiniCache(model.config) for _ in range(2)]
+    for part in ids.split(5, dim=1):
+        old = model(part, past_key_values=caches[0])
+        new = model(part, cache=caches[1])
+        assert torch.equal(old.logits, new.logits)
+    assert new[CACHE] is caches[1] and new.past_key_values is caches[1]
+    answers = [generate(model, ids[:, :3], **{name: cache}) for name, cache in zip((CACHE, "past_key_values"), caches)]
+    assert torch.equal(*answers)
 
 
 def test_nothing_is_left_over_from_an_earlier_call() -> None:

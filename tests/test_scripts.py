@@ -442,6 +442,22 @@ def test_the_demo_converts_reads_asks_saves_and_asks_again(llama, tmp_path, caps
     assert [a["answer"] for a in second["answers"]] == [a["answer"] for a in first["answers"]]
 
 
+def test_the_demo_keeps_the_memory_of_ones_own_text(llama, tmp_path, capsys, monkeypatch):
+    """The README's two commands: the second is the one that the first ends with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long. " * 20)
+    report, said = run_demo(capsys, llama, tmp_path / "out", "--text", "book.txt")
+    assert 300 < report["tokens_read"] < 2000 and "book.txt" in said
+    assert report["answers"][1]["prompt"] == demo.SECOND_PROMPT_OF_A_TEXT
+    command = next(line for line in said.splitlines() if "--load-memory" in line).split()
+    assert command[1] == "scripts/generate.py" and command[-2:] == ["--prompt", '"..."']
+    options = ["--max-new-tokens", "8", "--dtype", report["dtype"], "--json"]
+    assert generate.main([*command[2:-1], demo.SECOND_PROMPT_OF_A_TEXT, *options]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["answers"][0]["answer"] == report["answers"][1]["answer"]
+    assert again["tokens_in_memory"] == report["tokens_in_memory"]
+
+
 def test_the_demo_finds_a_passkey_with_its_memory_alone(llama, tmp_path, capsys):
     """With the weights that are in the repository, 250 segments back."""
     report, said = run_demo(capsys, llama, tmp_path / "out", "--passkey-tokens", "16000", "--seed", "3")
@@ -492,6 +508,8 @@ def test_the_demo_refuses_what_it_cannot_do(llama, tmp_path, monkeypatch, capsys
     arguments = ["--model", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
     assert demo.main([*arguments, "--passkey-tokens", "0"]) == 2
     assert "error: source" in capsys.readouterr().err
+    assert demo.main([*arguments, "--text", str(tmp_path / "no.txt")]) == 2
+    assert "no.txt' does not exist" in capsys.readouterr().err
     assert demo.main([*arguments, "--passkey-tokens", "10"]) == 2
     assert "length 10 is too short" in capsys.readouterr().err
     monkeypatch.setattr(demo, "NANO", tmp_path / "nowhere")
