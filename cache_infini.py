@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_infini import LAYER_TYPE, InfiniLlamaConfig
-from .memory_infini import MemoryState, scan, sigma, step, write
+from .memory_infini import MemoryState, commit, scan, sigma, step, write
 from .timeline_infini import Layout, Timeline, gather_tokens
 
 __all__ = ["InfiniCache", "InfiniCacheLayer", "projection_fingerprint"]
@@ -37,9 +37,10 @@ class InfiniCacheLayer(CacheLayerMixin):
     """What one layer keeps between forward calls. Legend of the shapes: see `memory_infini`.
 
     Attributes:
-        memory: of all completed segments; (B, K, D, D) and (B, K, D), float32. None before the first token.
-        pending: what the tokens of the open segment add to it once the segment is full, in the same shapes. Keeping it
-            makes every token cost the same, and spares a copy of the keys without rotary positions.
+        memory: of all completed segments; (B, K, D, D) and the normalizer, float32. None before the first token.
+        pending: what the tokens of the open segment add up to, to be committed to the memory once the segment is full, in
+            the same shapes. Keeping it makes every token cost the same, and spares a copy of the keys without rotary
+            positions.
         keys, values: (B, K, capacity, D) in the model's dtype, the open segment for local attention, keys with rotary
             positions. The first `timeline.filled[row]` slots of a row are in use. None while no segment is open.
         timeline: where the rows stand, the same object in all layers.
@@ -147,7 +148,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         """
         keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if self.memory is None:
-            self.memory = self.pending = MemoryState.zeros(keys, values)
+            self.memory = self.pending = MemoryState.zeros(layout.memory_update, keys, values)
         rule, start = layout.memory_update, self.memory
         if layout.num_segments == 0:
             sigma_k = sigma(keys)  # (B, T, K, D)
@@ -207,7 +208,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         """The open segments have added `pending` so far; take it into the memory of the rows whose segment is full."""
         self.pending = pending
         if layout.completes is not None:
-            self.memory = self.memory.add(pending, where=layout.completes)
+            self.memory = self.memory.add(commit(layout.memory_update, pending), where=layout.completes)
             self.pending = pending.masked(~layout.completes)
 
     def state(self) -> tuple[torch.Tensor | None, ...]:

@@ -37,8 +37,9 @@ class InfiniLlamaConfig(LlamaConfig):
             Tokens per segment, N in the paper. Local attention and the rotary positions never leave a segment, so
             keep it within `max_position_embeddings`, the range that the base model was trained on.
         memory_update (`str`, *optional*, defaults to `"delta"`):
-            How a completed segment is written into the memory: `"linear"` (equation 8), `"delta"` (equation 9), or
-            `"none"`: no memory, local attention only, which is the control in every evaluation.
+            How a completed segment is written into the memory: `"linear"` (equation 8), `"delta"` (equation 9),
+            `"least_squares"` (not in the paper: repetition changes nothing, so what was written once is not outgrown by
+            what comes later), or `"none"`: no memory, local attention only, which is the control in every evaluation.
         gate_init (`float`, *optional*, defaults to -3.0):
             Initial beta of equation 10, one per query head. `sigmoid(beta)` is the share of the memory in the output
             of a head. At -3.0 it is 5 %, with which a converted, untrained model still writes sensible text beyond a
@@ -59,7 +60,7 @@ class InfiniLlamaConfig(LlamaConfig):
     model_type = "infini_llama"
 
     segment_length: int = at_least_one(default=2048)
-    memory_update: Literal["delta", "linear", "none"] = "delta"
+    memory_update: Literal["delta", "linear", "least_squares", "none"] = "delta"
     gate_init: float | int = -3.0
     block_segments: int | None = at_least_one(default=None)
     layer_types: list[str] | None = None

@@ -14,7 +14,20 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["WRITE_RULES", "MemoryState", "mix", "normalized", "open_gate", "read", "scan", "sigma", "step", "write"]
+__all__ = [
+    "STEP_RULES",
+    "WRITE_RULES",
+    "MemoryState",
+    "commit",
+    "mix",
+    "normalized",
+    "open_gate",
+    "read",
+    "scan",
+    "sigma",
+    "step",
+    "write",
+]
 
 
 class MemoryState(NamedTuple):
@@ -22,19 +35,20 @@ class MemoryState(NamedTuple):
 
     Attributes:
         matrix: (..., K, D, V) float32, M in the paper.
-        normalizer: (..., K, D) float32, z in the paper. All zero for a memory that nothing was written into.
+        normalizer: (..., K, D) float32, z in the paper; (..., K, D, D) for `least_squares`. All zero for a memory that
+            nothing was written into.
     """
 
     matrix: torch.Tensor
     normalizer: torch.Tensor
 
     @classmethod
-    def zeros(cls, keys: torch.Tensor, values: torch.Tensor) -> "MemoryState":
+    def zeros(cls, rule: str, keys: torch.Tensor, values: torch.Tensor) -> "MemoryState":
         """An empty memory for keys (B, ..., K, D) and values (B, ..., K, V): float32 (float64 for float64 keys)."""
         batch_size, num_heads, head_dim = keys.shape[0], *keys.shape[-2:]
         dtype = torch.promote_types(keys.dtype, torch.float32)
         matrix = torch.zeros(batch_size, num_heads, head_dim, values.shape[-1], dtype=dtype, device=keys.device)
-        return cls(matrix, torch.zeros_like(matrix[..., 0]))
+        return cls(matrix, WRITE_RULES[rule].normalizer(torch.zeros_like(matrix.mT)))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MemoryState":
         """Apply `function` to both tensors."""
@@ -114,26 +128,27 @@ def open_gate(beta: torch.Tensor, memory: MemoryState) -> torch.Tensor:
     Returns:
         (B, K, 1, G, 1).
     """
-    is_written = memory.normalizer.sum(-1) > 0  # (B, K)
+    is_written = memory.normalizer.flatten(2).sum(-1) > 0  # (B, K)
     gate = torch.sigmoid(beta.to(memory.normalizer.dtype))
     return gate[:, None, :, None] * is_written[:, :, None, None, None]
 
 
-def read(sigma_q: torch.Tensor, memory: MemoryState, gate: torch.Tensor | None = None) -> torch.Tensor:
+def read(rule: str, sigma_q: torch.Tensor, memory: MemoryState, gate: torch.Tensor | None = None) -> torch.Tensor:
     """A_mem = sigma(Q) M / (sigma(Q) z), equation 7, times `gate`. Nothing is read (0) from an empty memory.
 
     The query heads of a group read the memory of their key/value head, as further rows of one matrix product.
 
     Args:
+        rule: a key of `WRITE_RULES`, the one that wrote the memory.
         sigma_q: (B, K, N, G, D).
-        memory: matrix (B, K, D, V), normalizer (B, K, D).
+        memory: matrix (B, K, D, V), and its normalizer.
         gate: (B, K, 1, G, 1), a factor of A_mem; it costs least where the denominators are.
 
     Returns:
         (B, K, N, G, V).
     """
     scale = None if gate is None else gate.expand(*sigma_q.shape[:-1], 1).flatten(2, 3)
-    rows = normalized(sigma_q.flatten(2, 3), memory.normalizer, scale)  # (B, K, NG, D)
+    rows = WRITE_RULES[rule].reading_rows(sigma_q.flatten(2, 3), memory.normalizer, scale)  # (B, K, NG, D)
     return (rows @ memory.matrix).unflatten(2, sigma_q.shape[2:4])  # eq 7
 
 
@@ -151,30 +166,102 @@ def mix(gate: torch.Tensor, local: torch.Tensor, gated_memory: torch.Tensor) -> 
     return (1 - gate) * local + gated_memory  # eq 10
 
 
-def linear(sigma_k: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor | None:
-    """Equation 8 writes the values as they are: nothing that is already bound to a key is taken off."""
-    return None
+class Linear:
+    """Equation 8: M += sigma(K)^T V, z += sigma(K).
+
+    A rule says what keys and queries are, how they read, and how a full segment enters the memory. What a segment makes of M
+    has to be affine in M: that is what makes segments parallel (see `scan`).
+    """
+
+    @staticmethod
+    def features(sigma_x: torch.Tensor) -> torch.Tensor:
+        """What stands for sigma(K) wherever it is written: (..., N, D) as it is."""
+        return sigma_x
+
+    @staticmethod
+    def normalizer(sigma_k: torch.Tensor) -> torch.Tensor:
+        """What keys (..., N, D) add to the normalizer: z, (..., D)."""
+        return sigma_k.sum(-2)  # eq 8
+
+    @staticmethod
+    def reading_rows(
+        sigma_q: torch.Tensor, normalizer: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What M is multiplied by from the left when queries (..., N, D) read, times `scale` (..., N, 1)."""
+        return normalized(sigma_q, normalizer, scale)
+
+    @staticmethod
+    def reading_keys(sigma_k: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor | None:
+        """R (..., N, D): what is written is V - R M. None: the values as they are, whatever is bound to the keys."""
+        return None
+
+    @staticmethod
+    def commit(
+        normalizer: torch.Tensor, *sums: torch.Tensor, where: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """What segments that are full make of sums (..., D, any) over their tokens, whose keys add `normalizer`.
+
+        With `where`, bool of the first dimensions, the others leave theirs as they are.
+        """
+        return sums
 
 
-def delta(sigma_k: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor | None:
-    """Equation 9 writes what is new in the values: V - sigma(K) M / (sigma(K) z)."""
-    return normalized(sigma_k, normalizer)
+class Delta(Linear):
+    """Equation 9 writes what is new in the values: M += sigma(K)^T (V - sigma(K) M / (sigma(K) z)); z as in equation 8."""
+
+    @staticmethod
+    def reading_keys(sigma_k, normalizer):
+        return normalized(sigma_k, normalizer)
 
 
-WRITE_RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]] = {
-    "linear": linear,
-    "delta": delta,
-}
-"""A write rule says how the keys of a segment read, before they are written, what the memory already binds to them: it maps
-sigma(K) (..., N, D) and z (..., D) to reading keys R (..., N, D), or to None for "not at all". The segment then adds
-sigma(K)^T (V - R M) to the matrix. That is affine in M, which is what makes segments parallel (see `scan`).
-"""
+class LeastSquares(Linear):
+    """Not in the paper. Of all matrices, the one that explains the segment with the least change of M:
+
+        argmin_M' |V - K M'|^2 + r |M' - M|^2  =  M + (K^T K + r)^-1 K^T (V - K M)
+
+    with unit keys K = sigma(K) / |sigma(K)|, and A_mem = Q M with unit queries. In the paper's rules each repetition of a
+    text adds to M and z, until what was written once is too small a part of what is read. Here a repetition has nothing new
+    and changes nothing, so what was written once stays as it was wherever later keys are orthogonal to its own. The
+    normalizer is K^T K. For a segment of one token it is the update of Longhorn (arXiv 2407.14207).
+    """
+
+    RIDGE = 0.1  # r: what a key must have of its own to be written; keys are of length 1
+
+    @staticmethod
+    def features(sigma_x):
+        return sigma_x * (sigma_x.square().sum(-1, keepdim=True) + 1e-30).rsqrt()  # 0 stays 0
+
+    @staticmethod
+    def normalizer(sigma_k):
+        return sigma_k.mT @ sigma_k
+
+    @staticmethod
+    def reading_rows(sigma_q, normalizer, scale=None):
+        rows = LeastSquares.features(sigma_q)
+        return rows if scale is None else rows * scale
+
+    @staticmethod
+    def reading_keys(sigma_k, normalizer):
+        return sigma_k
+
+    @staticmethod
+    def commit(normalizer, *sums, where=None):
+        ridge = LeastSquares.RIDGE * torch.eye(normalizer.shape[-1], dtype=normalizer.dtype, device=normalizer.device)
+        joined = torch.cat(sums, dim=-1)
+        solved = torch.cholesky_solve(joined, torch.linalg.cholesky(normalizer + ridge))
+        if where is not None:
+            solved = torch.where(where[(...,) + (None,) * (solved.dim() - where.dim())], solved, joined)
+        return solved.split([x.shape[-1] for x in sums], dim=-1)
+
+
+WRITE_RULES: dict[str, type[Linear]] = {"linear": Linear, "delta": Delta, "least_squares": LeastSquares}
+"""How a memory is written and read, by the name in `config.memory_update`."""
 
 
 def write(rule: str, sigma_k: torch.Tensor, values: torch.Tensor, memory: MemoryState) -> MemoryState:
-    """What tokens of one segment add to the memory that the segment started with, equations 8 and 9.
+    """What tokens of one segment add to the memory that the segment started with, equations 8 and 9; see `commit`.
 
-    Both rules add up inside a segment, so the tokens may come in any number of calls.
+    All rules add up inside a segment, so the tokens may come in any number of calls.
 
     Args:
         rule: a key of `WRITE_RULES`.
@@ -185,11 +272,21 @@ def write(rule: str, sigma_k: torch.Tensor, values: torch.Tensor, memory: Memory
     Returns:
         The increment, in the shapes of `memory`.
     """
-    values = values.to(sigma_k.dtype)
-    reading_keys = WRITE_RULES[rule](sigma_k, memory.normalizer)
+    sigma_k, values = WRITE_RULES[rule].features(sigma_k), values.to(sigma_k.dtype)
+    reading_keys = WRITE_RULES[rule].reading_keys(sigma_k, memory.normalizer)
     if reading_keys is not None:
         values = values - reading_keys @ memory.matrix
-    return MemoryState(sigma_k.transpose(-2, -1) @ values, sigma_k.sum(-2))  # eq 8, eq 9
+    return MemoryState(sigma_k.mT @ values, WRITE_RULES[rule].normalizer(sigma_k))  # eq 8, eq 9
+
+
+def commit(rule: str, pending: MemoryState) -> MemoryState:
+    """What the memory grows by when a segment is full, and `pending` is what all of its tokens have added."""
+    (matrix,) = WRITE_RULES[rule].commit(pending.normalizer, pending.matrix)
+    return MemoryState(matrix, pending.normalizer)
+
+
+STEP_RULES: tuple[str, ...] = ("linear", "delta")
+"""The rules whose one token `step` knows how to compute."""
 
 
 def step(
@@ -207,7 +304,7 @@ def step(
     queries of a head go through all of them together, B and K are one dimension, and only the paper's two rules are here.
 
     Args:
-        rule: `"linear"` or `"delta"`.
+        rule: one of `STEP_RULES`.
         sigma_x: (B, K, 1 + G, D), sigma of the key and of the queries. The key is 0 in rows that are not to be written.
         values: (B, K, 1, V) in any dtype.
         local: (B, K, G, V) in any dtype, A_local.
@@ -218,7 +315,7 @@ def step(
     Returns:
         A (B, K, G, V) float32.
     """
-    assert rule in ("linear", "delta"), rule  # another one would be taken for `linear`
+    assert rule in STEP_RULES, rule  # another one would be taken for `linear`
     batch_size, num_heads, num_rows, _ = sigma_x.shape
     sigma_x, matrix, normalizer = sigma_x.flatten(0, 1), memory.matrix.flatten(0, 1), memory.normalizer.flatten(0, 1)
     denominator = torch.bmm(sigma_x, normalizer.unsqueeze(-1))  # (BK, 1 + G, 1)
@@ -248,7 +345,8 @@ def scan(
     """Write S consecutive segments, with everything that is large computed for all of them at once.
 
     With C = sigma(K)^T V and A = sigma(K)^T R (R from the rule, known once the prefix sums of z are), a segment maps
-    M to M + C - A M. What runs segment after segment is only that D x D map. The S segments together are such a map too.
+    M to M + C - A M, once the rule has committed C and A. What runs segment after segment is only that D x D map. The S
+    segments together are such a map too.
 
     Args:
         rule: a key of `WRITE_RULES`.
@@ -265,12 +363,16 @@ def scan(
         The memory at the start of each segment, (B, S, K, ...); the memory after the last completed segment; and what
         the segment that stayed open has added so far (0 where none did).
     """
-    sums_C = sigma_k.transpose(-2, -1) @ values.to(sigma_k.dtype)  # (B, S, K, D, V)
-    sums_z = sigma_k.sum(-2)  # (B, S, K, D)
+    write_rule = WRITE_RULES[rule]
+    sigma_k = write_rule.features(sigma_k)
+    sums_C = sigma_k.mT @ values.to(sigma_k.dtype)  # (B, S, K, D, V)
+    sums_z = write_rule.normalizer(sigma_k)  # (B, S, K, D), or as the rule has it
+    sums_C[:, 0] += pending.matrix
+    sums_z[:, 0] += pending.normalizer
     num_segments = sigma_k.shape[1]
 
     def run(
-        state: torch.Tensor, first: torch.Tensor, increment: Callable[[int, torch.Tensor], torch.Tensor]
+        state: torch.Tensor, increment: Callable[[int, torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         trailing = [1] * (state.dim() - 1)
         starts, still_open = [], torch.zeros_like(state)
@@ -279,8 +381,6 @@ def scan(
                 state = state.masked_fill(restarts[:, s].view(-1, *trailing), 0)
             starts.append(state)
             added = increment(s, state)
-            if s == 0:
-                added = first + added
             if completes is None:
                 state = state + added
             else:
@@ -296,21 +396,24 @@ def scan(
 
     start_z = memory.normalizer
     if relay is not None:
-        start_z = relay(run(start_z, pending.normalizer, add_z)[1])
-    starts_z, last_z, open_z = run(start_z, pending.normalizer, add_z)
+        start_z = relay(run(start_z, add_z)[1])
+    starts_z, last_z, open_z = run(start_z, add_z)
 
-    reading_keys = WRITE_RULES[rule](sigma_k, starts_z)
-    maps_A = None if reading_keys is None else sigma_k.transpose(-2, -1) @ reading_keys  # (B, S, K, D, D)
+    reading_keys = write_rule.reading_keys(sigma_k, starts_z)
+    maps_A = []
+    if reading_keys is not None:
+        maps_A = [sigma_k.mT @ reading_keys]  # (B, S, K, D, D)
+    sums_C, *maps_A = write_rule.commit(sums_z, sums_C, *maps_A, where=completes)
 
     def add_M(s: int, M: torch.Tensor) -> torch.Tensor:
-        return sums_C[:, s] if maps_A is None else sums_C[:, s] - maps_A[:, s] @ M  # eq 8, eq 9
+        return sums_C[:, s] - maps_A[0][:, s] @ M if maps_A else sums_C[:, s]  # eq 8, eq 9
 
     start_M = memory.matrix
     if relay is not None:
         carry = None
-        if maps_A is not None:
-            identity = torch.eye(maps_A.shape[-1]).to(maps_A).expand_as(maps_A[:, 0])
-            carry = run(identity, torch.zeros_like(identity), lambda s, P: -maps_A[:, s] @ P)[1]
-        start_M = relay(run(start_M, pending.matrix, add_M)[1], carry)
-    starts_M, last_M, open_M = run(start_M, pending.matrix, add_M)
+        if maps_A:
+            identity = torch.eye(maps_A[0].shape[-1]).to(maps_A[0]).expand_as(maps_A[0][:, 0])
+            carry = run(identity, lambda s, P: -maps_A[0][:, s] @ P)[1]
+        start_M = relay(run(start_M, add_M)[1], carry)
+    starts_M, last_M, open_M = run(start_M, add_M)
     return MemoryState(starts_M, starts_z), MemoryState(last_M, last_z), MemoryState(open_M, open_z)

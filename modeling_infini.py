@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
 from .configuration_infini import InfiniLlamaConfig
-from .memory_infini import MemoryState, mix, open_gate, read, sigma
+from .memory_infini import STEP_RULES, MemoryState, mix, open_gate, read, sigma
 from .parallel_infini import find_places, refuse_padding
 from .timeline_infini import Layout, Timeline, block_widths, plan
 
@@ -130,6 +130,7 @@ class InfiniLlamaAttention(LlamaAttention):
         has_memory = layout.memory_update != "none"
         if has_memory and (layout.reads or past_key_values is not None):
             is_step = num_tokens == 1 and layout.num_segments == 0 and layout.reads and not torch.is_grad_enabled()
+            is_step = is_step and layout.memory_update in STEP_RULES
             device_type = hidden_states.device.type
             autocasts = torch.is_autocast_enabled(device_type)
             with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
@@ -138,7 +139,7 @@ class InfiniLlamaAttention(LlamaAttention):
                 else:
                     memory = cache.update_memory(key_states, value_states, layout)
                     if layout.reads:
-                        attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory)
+                        attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory, layout)
         if self.training and not (has_memory and layout.reads):
             # Data-parallel training waits for a gradient of every parameter, and short texts read nothing.
             attn_output = attn_output + 0.0 * self.memory_gate().sum().to(attn_output.dtype)
@@ -149,12 +150,14 @@ class InfiniLlamaAttention(LlamaAttention):
             attn_weights = layout.to_tokens(attn_weights.transpose(1, 2), batch_size).transpose(1, 2)
         return attn_output, attn_weights
 
-    def _add_memory(self, attn_output: torch.Tensor, query_states: torch.Tensor, memory: MemoryState) -> torch.Tensor:
+    def _add_memory(
+        self, attn_output: torch.Tensor, query_states: torch.Tensor, memory: MemoryState, layout: Layout
+    ) -> torch.Tensor:
         """Equations 7 and 10 on (rows, slots, heads, head_dim); query head h reads the memory of KV head h // G."""
         groups = (-1, self.num_key_value_groups)
         gate = open_gate(self.memory_gate().unflatten(0, groups), memory)  # (rows, K, 1, G, 1)
         sigma_q = sigma(query_states.unflatten(2, groups).transpose(1, 2))  # (rows, K, slots, G, head_dim)
-        gated_memory = read(sigma_q, memory, gate)
+        gated_memory = read(layout.memory_update, sigma_q, memory, gate)
         mixed = mix(gate.transpose(1, 2), attn_output.unflatten(2, groups), gated_memory.transpose(1, 2))
         return mixed.flatten(2, 3).to(attn_output.dtype)
 

@@ -410,7 +410,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rules",
         nargs="+",
-        choices=["delta", "linear", "none"],
+        choices=["delta", "linear", "least_squares", "none"],
         help="prefill, train: write rules (delta linear); plan: the first (the model's)",
     )
     parser.add_argument("--repeats", type=positive, default=5, help="prefill, train: counted runs of each")

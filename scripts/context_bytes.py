@@ -25,6 +25,8 @@ def bytes_per_layer(config: PreTrainedConfig, num_ranks: int, batch_size: int = 
         per_head += 2 * config.head_dim**2  # M, and its gradient
     elif config.memory_update == "delta":
         per_head += 3 * config.head_dim**2  # M with its factor, and the gradient of M
+    elif config.memory_update == "least_squares":
+        per_head = 4 * config.head_dim**2  # the normalizer, which has no gradient; M with its factor, and its gradient
     else:
         per_head = 0
     return 4 * per_head * config.num_key_value_heads * batch_size * (num_ranks - 1)

@@ -588,7 +588,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--memory-update",
-        choices=("delta", "linear", "none"),
+        choices=("delta", "linear", "least_squares", "none"),
         default=InfiniLlamaConfig.memory_update,
         help="how a segment is written into the memory; none: local attention only (default: %(default)s)",
     )

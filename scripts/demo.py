@@ -275,7 +275,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of each answer (default: %(default)s)")
     parser.add_argument("--segment-length", type=positive, default=2048, help="(default: %(default)s)")
-    parser.add_argument("--memory-update", choices=("delta", "linear"), default="delta", help="(default: %(default)s)")
+    parser.add_argument(
+        "--memory-update", choices=("delta", "linear", "least_squares"), default="delta", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--gate-init",
         type=float,

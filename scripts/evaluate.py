@@ -573,7 +573,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--segment-length", type=positive, help=f"instead of the model's; N of other models ({WINDOW})"
     )
-    parser.add_argument("--memory-update", choices=("delta", "linear", "none"), help="instead of the model's own")
+    parser.add_argument(
+        "--memory-update", choices=("delta", "linear", "least_squares", "none"), help="instead of the model's own"
+    )
     parser.add_argument("--block-segments", type=positive, help="segments at a time: time and memory, not results")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as stored (default: %(default)s)")
     parser.add_argument("--device", default=default_device(), help="a torch device (default here: %(default)s)")

@@ -713,7 +713,10 @@ def memory_growth(reader: Reader, chunks: Iterable[torch.Tensor], name: str = "r
 
     def measure() -> None:
         flush()
-        rows = [(effective_rank(m.matrix), m.matrix.norm(dim=(-2, -1)), m.normalizer.norm(dim=-1)) for m in cache]
+        rows = [
+            (effective_rank(m.matrix), m.matrix.norm(dim=(-2, -1)), m.normalizer.flatten(2).norm(dim=-1))
+            for m in cache
+        ]
         names = ("effective_rank", "matrix_norm", "normalizer_norm")
         growth[str(segments)] = {n: [row[i].mean().item() for row in rows] for i, n in enumerate(names)}
 

@@ -553,7 +553,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a torch device, or auto to spread a large model over all there are (default here: %(default)s)",
     )
     parser.add_argument("--segment-length", type=positive, help="tokens per segment, instead of the model's own")
-    parser.add_argument("--memory-update", choices=("delta", "linear", "none"), help="instead of the model's own")
+    parser.add_argument(
+        "--memory-update", choices=("delta", "linear", "least_squares", "none"), help="instead of the model's own"
+    )
     parser.add_argument("--block-segments", type=positive, help="segments at a time: time and memory, not results")
     parser.add_argument("--json", action="store_true", help="end stdout with a line of JSON: answers and numbers")
     return parser

@@ -113,8 +113,9 @@ def parameters(config: InfiniLlamaConfig) -> int:
 
 
 def layer_memory_bytes(config: InfiniLlamaConfig) -> int:
-    """M and z of one layer, K D (D + 1) float32."""
-    return config.num_key_value_heads * config.head_dim * (config.head_dim + 1) * STATE_ITEMSIZE
+    """M and z of one layer, K D (D + 1) float32; for `least_squares` two matrices, K D 2 D."""
+    width = 2 * config.head_dim if config.memory_update == "least_squares" else config.head_dim + 1
+    return config.num_key_value_heads * config.head_dim * width * STATE_ITEMSIZE
 
 
 def state_bytes(config: InfiniLlamaConfig, filled: int, itemsize: int) -> dict[str, int]:
@@ -167,6 +168,10 @@ def flops(
         if config.memory_update == "delta":
             # sigma(K) z, sigma(K)^T R, and the D x D map of each segment, see `memory_infini.scan`.
             write += tokens * K * (2 * D + 2 * D * D) + segments * K * 2 * D**3
+        if config.memory_update == "least_squares":
+            # No denominators; the Gram matrix, for the normalizer and for the map; the map; factor and solution of 2 D columns.
+            read = tokens * H * 2 * D * D
+            write += tokens * K * 4 * D * D + segments * K * (2 * D**3 + D**3 // 3 + 4 * D**3)
     layer = {
         "projections": tokens * 2 * (E * D * (2 * H + 2 * K) + 3 * E * config.intermediate_size),
         "attention": pairs * H * 4 * D,  # eq 6: scores, and the values they weigh
@@ -312,12 +317,12 @@ def communication_bytes(config: InfiniLlamaConfig, tokens: int, devices: int, it
     Returns:
         `ours`: what its span does to the memory, to each of the others (an all-gather, from which every device computes the
         state before its span). `linear` adds to M and z: K (D D + D) float32. `delta` maps M to C - A M + M, and adds to z:
-        K (2 D D + D). Neither depends on T.
+        K (2 D D + D), and `least_squares` has D D in place of D. None depends on T.
         `ring`: the keys and values of its span, n - 1 times around the ring: 2 K D b T / n each time.
     """
     K, D = config.num_key_value_heads, config.head_dim
-    matrices = {"none": 0, "linear": 1, "delta": 2}[config.memory_update]
-    state = STATE_ITEMSIZE * K * (matrices * D * D + D) if matrices else 0
+    numbers = {"none": 0, "linear": D * D + D, "delta": 2 * D * D + D, "least_squares": 3 * D * D}
+    state = STATE_ITEMSIZE * K * numbers[config.memory_update]
     span = math.ceil(tokens / devices)
     return {"ours": (devices - 1) * state, "ring": (devices - 1) * 2 * K * D * itemsize * span}
 
@@ -339,7 +344,12 @@ def plan(config: InfiniLlamaConfig, length: int, devices: int, dtype: str, devic
         `memory`: bytes of each device for `prefill` and `training`, `ours` and `full`, by what they hold, with `total`.
         `communication`: bytes that a device sends. `flops`: of all devices together. `seconds`: FLOPs at the given rate and
         bytes at the given bandwidths.
+
+    Raises:
+        InputError: the rule is `least_squares`, of which it is not known what it keeps for a backward pass.
     """
+    if config.memory_update == "least_squares":
+        raise InputError("memory_update is least_squares, for which there are no plans yet: plan for --rules delta")
     b, L, E = ITEMSIZE[dtype], config.num_hidden_layers, config.hidden_size
     span = math.ceil(length / devices)
     block = min(config.block_length, span)

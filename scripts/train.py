@@ -630,6 +630,11 @@ def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTr
             model = InfiniLlamaForCausalLM(config)
         except (OSError, ValueError) as error:
             raise InputError(f"model '{options.model}' cannot be built ({one_line(error)})") from error
+    if options.state_passing_scale > 1 and model.config.memory_update == "least_squares":
+        raise InputError(
+            f"state_passing_scale is {options.state_passing_scale}, but a memory of `least_squares` does not grow with the "
+            "text: leave it out, or choose another memory_update"
+        )
     if options.gate_init is not None:
         with torch.no_grad():
             for layer in model.model.layers:

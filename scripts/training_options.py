@@ -45,7 +45,9 @@ class TrainingOptions:
     gradient_accumulation_steps: int = option(1, "Forward passes per device and step.")
 
     segment_length: int | None = option(None, "Change the model's N.")
-    memory_update: str | None = option(None, "Change the model's write rule.", choices=["delta", "linear", "none"])
+    memory_update: str | None = option(
+        None, "Change the model's write rule.", choices=["delta", "linear", "least_squares", "none"]
+    )
     gate_init: float | None = option(None, "Set beta of all gates before the first step; 0 lets memory in half.")
 
     max_steps: int = option(1000, "Optimizer steps.")

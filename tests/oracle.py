@@ -11,7 +11,7 @@ Legend
     D  head dim                      C  hidden size
     q, k, v  query, key and value of one token and one head, (D,)
     M  matrix of the memory of one KV head, (D, D); rows belong to keys, columns to values
-    z  normaliser of the memory of one KV head, (D,)
+    z  normaliser of the memory of one KV head, (D,); with least squares, the Gram matrix of all its keys, (D, D)
     beta  gate of one query head, a scalar
     sigma = ELU + 1
 """
@@ -31,7 +31,7 @@ class OracleResult(NamedTuple):
 
     logits: Tensor  # (T, vocabulary)
     matrix: Tensor  # (layers, K, D, D)
-    normalizer: Tensor  # (layers, K, D)
+    normalizer: Tensor  # (layers, K, D); (layers, K, D, D) for least squares
 
 
 @dataclass
@@ -66,12 +66,12 @@ def oracle_forward(
         parameters: float64 tensors, named as in the state dict of Transformers' `LlamaForCausalLM`, and for each layer
             `model.layers.{i}.self_attn.memory_gate.bias`, (H,), the beta of eq 10 (not needed for `"none"`). Biases
             are optional; without `lm_head.weight` the embedding is the head.
-        memory_update: `"linear"`, `"delta"`, or `"none"` (no memory, local attention only).
+        memory_update: `"linear"`, `"delta"`, `"least_squares"`, or `"none"` (no memory, local attention only).
         input_ids: (T,) integers; either these or `inputs_embeds`.
         inputs_embeds: (T, C) float64.
         position_ids: (T,) integers, 0 ... T - 1 if absent. A position that does not increase starts a new document.
     """
-    assert memory_update in ("linear", "delta", "none"), memory_update
+    assert memory_update in ("linear", "delta", "least_squares", "none"), memory_update
     assert (input_ids is None) != (inputs_embeds is None), "give either input_ids or inputs_embeds"
     assert num_heads % num_kv_heads == 0
     assert all(parameter.dtype == torch.float64 for parameter in parameters.values())
@@ -87,7 +87,7 @@ def oracle_forward(
     def empty_state() -> HeadState:
         return HeadState(
             matrix=embedding.new_zeros(head_dim, head_dim),
-            normalizer=embedding.new_zeros(head_dim),
+            normalizer=embedding.new_zeros((head_dim,) * (2 if memory_update == "least_squares" else 1)),
         )
 
     def empty_layers() -> list[list[HeadState]]:
@@ -174,7 +174,8 @@ def attention(
         local = attend(rotated_query, state.rotated_keys, state.values)
         if has_memory:
             gate = torch.sigmoid(parameters[f"{prefix}.memory_gate.bias"][h])
-            outputs.append(gate * retrieve(query, state) + (1 - gate) * local)  # eq 10
+            retrieved = unit(query) @ state.matrix if state.normalizer.dim() == 2 else retrieve(query, state)
+            outputs.append(gate * retrieved + (1 - gate) * local)  # eq 10
         else:
             outputs.append(local)
     return linear(torch.cat(outputs), parameters, name=f"{prefix}.o_proj")
@@ -198,6 +199,14 @@ def retrieve(query: Tensor, state: HeadState) -> Tensor:
 def commit_segment(state: HeadState, *, memory_update: str) -> HeadState:
     """Write the open segment into the memory. Every token sees the memory as it was before the segment."""
     matrix, normalizer = state.matrix, state.normalizer
+    if memory_update == "least_squares" and state.keys:
+        # The minimum of |V - K M'|^2 + 0.1 |M' - M|^2, as one linear system for M' - M.
+        keys, values = torch.stack([unit(key) for key in state.keys]), torch.stack(state.values)
+        gram = keys.T @ keys
+        change = (
+            torch.linalg.inv(gram + 0.1 * torch.eye(len(gram), dtype=gram.dtype)) @ keys.T @ (values - keys @ matrix)
+        )
+        return HeadState(matrix=matrix + change, normalizer=normalizer + gram)
     for key, value in zip(state.keys, state.values):
         if memory_update == "linear":
             matrix = matrix + torch.outer(sigma(key), value)  # eq 8
@@ -206,6 +215,11 @@ def commit_segment(state: HeadState, *, memory_update: str) -> HeadState:
             matrix = matrix + torch.outer(sigma(key), value - retrieve(key, state))  # eq 9
             normalizer = normalizer + sigma(key)  # eq 8, which eq 9 leaves as it is
     return HeadState(matrix=matrix, normalizer=normalizer)
+
+
+def unit(x: Tensor) -> Tensor:
+    """The direction of sigma(x), of length 1."""
+    return sigma(x) / sigma(x).norm()
 
 
 def sigma(x: Tensor) -> Tensor:

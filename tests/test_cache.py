@@ -21,7 +21,7 @@ from infini_llama.cache_infini import InfiniCache, InfiniCacheLayer
 from infini_llama.memory_infini import MemoryState
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 
-RULES = ["linear", "delta", "none"]
+RULES = ["linear", "delta", "least_squares", "none"]
 # The segments of the tiny model have five tokens. No memory yet; a memory and an open segment; a memory and none open.
 PREFIXES = [3, 12, 10]
 # The same program on the same numbers.
@@ -317,7 +317,7 @@ def test_the_size_does_not_depend_on_the_number_of_tokens(rule: str, width: int)
     few, many = sizes(4 * 5 + 2), sizes(40 * 5 + 2)
     assert many == few
     heads, head_dim = 2, 8
-    memory = 0 if rule == "none" else 2 * heads * (head_dim * head_dim + head_dim)
+    memory = 0 if rule == "none" else 2 * heads * head_dim * (head_dim + (head_dim if rule == "least_squares" else 1))
     open_segment = 2 * 2 * heads * head_dim
     assert many[0] == 2 * 4 * (memory + open_segment)  # layers, bytes of float32
 

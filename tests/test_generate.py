@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.modeling_infini import CACHE, InfiniLlamaForCausalLM
 
-RULES = ["linear", "delta", "none"]
+RULES = ["linear", "delta", "least_squares", "none"]
 N = 5  # the segment length of the tiny model
 # Long enough for two boundaries and more, whatever the length of the prompt.
 NEW_TOKENS = 2 * N + 3

@@ -19,7 +19,7 @@ from infini_llama.memory_infini import MemoryState
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-RULES = ["linear", "delta"]
+RULES = ["linear", "delta", "least_squares"]
 
 
 @pytest.fixture(autouse=True)

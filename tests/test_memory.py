@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from infini_llama.memory_infini import (
+    STEP_RULES,
     WRITE_RULES,
+    LeastSquares,
     MemoryState,
+    commit,
     mix,
     normalized,
     open_gate,
@@ -24,12 +27,13 @@ RULES = list(WRITE_RULES)
 sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 
 
-def random_memory(B: int, K: int, D: int, V: int) -> MemoryState:
-    return MemoryState(torch.randn(B, K, D, V).double(), torch.rand(B, K, D).double() + 0.1)
+def random_memory(B: int, K: int, D: int, V: int, rule: str = "delta") -> MemoryState:
+    normalizer = WRITE_RULES[rule].normalizer(torch.rand(B, K, 3, D).double() + 0.1)
+    return MemoryState(torch.randn(B, K, D, V).double(), normalizer)
 
 
-def empty_memory(B: int, K: int, D: int, V: int) -> MemoryState:
-    return MemoryState(torch.zeros(B, K, D, V).double(), torch.zeros(B, K, D).double())
+def empty_memory(B: int, K: int, D: int, V: int, rule: str = "delta") -> MemoryState:
+    return MemoryState.zeros(rule, torch.zeros(B, K, D).double(), torch.zeros(B, K, V).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -56,7 +60,7 @@ def test_read_is_equation_7_for_each_query_head(shape: tuple, groups: int) -> No
     """Query head h reads the memory of KV head h // G: sigma(q) M / (sigma(q) z)."""
     B, K, N, D, V = shape
     memory, sigma_q = random_memory(B, K, D, V), torch.rand(B, K, N, groups, D).double() + 0.01
-    retrieved = read(sigma_q, memory)
+    retrieved = read("delta", sigma_q, memory)
     for b in range(B):
         for h in range(K * groups):
             q = sigma_q[b, h // groups, :, h % groups]
@@ -64,14 +68,15 @@ def test_read_is_equation_7_for_each_query_head(shape: tuple, groups: int) -> No
             torch.testing.assert_close(retrieved[b, h // groups, :, h % groups], expected, **EXACT)
 
 
-def test_reading_an_empty_memory_gives_zero_and_finite_gradients() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_reading_an_empty_memory_gives_zero_and_finite_gradients(rule: str) -> None:
     """The division is safe for any z: an empty memory reads as 0, without a NaN in value or gradient."""
-    memory = MemoryState(*(x.requires_grad_() for x in empty_memory(1, 1, 3, 3)))
+    memory = MemoryState(*(x.requires_grad_() for x in empty_memory(1, 1, 3, 3, rule)))
     sigma_q = torch.rand(1, 1, 4, 1, 3).double().requires_grad_()
-    retrieved = read(sigma_q, memory)
+    retrieved = read(rule, sigma_q, memory)
     assert (retrieved == 0).all()
     gradients = torch.autograd.grad(
-        retrieved.sum() + normalized(sigma_q[:, :, :, 0], memory.normalizer).sum(),
+        retrieved.sum() + normalized(sigma_q[:, :, :, 0], empty_memory(1, 1, 3, 3).normalizer).sum(),
         [sigma_q, *memory],
         allow_unused=True,
     )
@@ -111,14 +116,47 @@ def test_delta_write_is_equation_9(shape: tuple, is_empty: bool) -> None:
     torch.testing.assert_close(write("delta", sigma_k, values, memory), MemoryState(matrix, normalizer), **EXACT)
 
 
+@given(sizes, st.booleans())
+def test_least_squares_minimizes_what_is_unexplained_and_what_is_changed(shape: tuple, is_empty: bool) -> None:
+    """The new memory is where the gradient of |V - K M|^2 + r |M - M_before|^2 is 0, with keys of length 1."""
+    B, K, N, D, V = shape
+    memory = (empty_memory if is_empty else random_memory)(B, K, D, V, "least_squares")
+    sigma_k, values = torch.rand(B, K, N, D).double() + 0.01, torch.randn(B, K, N, V).double()
+    after = memory.add(commit("least_squares", write("least_squares", sigma_k, values, memory))).matrix
+    keys = sigma_k / sigma_k.norm(dim=-1, keepdim=True)
+    gradient = keys.mT @ (keys @ after - values) + LeastSquares.RIDGE * (after - memory.matrix)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), **EXACT)
+
+
+def test_least_squares_keeps_what_was_written_once_whatever_is_repeated_after_it() -> None:
+    """How much of what is read depends on the value of a needle, after a text of 24 tokens again and again."""
+    torch.manual_seed(0)
+    sigma_k, values = torch.rand(1, 1, 25, 64).double(), torch.randn(1, 1, 25, 64).double()
+    kept = {}
+    for rule in RULES:
+        contrasts = {}
+        for repetitions in (10, 10_000):
+            found = []
+            for value in (values[:, :, :1], -values[:, :, :1]):
+                memory = empty_memory(1, 1, 64, 64, rule)
+                memory = memory.add(commit(rule, write(rule, sigma_k[:, :, :1], value, memory)))
+                for _ in range(repetitions):
+                    memory = memory.add(commit(rule, write(rule, sigma_k[:, :, 1:], values[:, :, 1:], memory)))
+                found.append(read(rule, sigma_k[:, :, :1, None], memory))
+            contrasts[repetitions] = (found[0] - found[1]).norm() / (found[0] + found[1]).norm()
+        kept[rule] = contrasts[10_000] / contrasts[10]
+    assert kept["least_squares"] > 0.9
+    assert kept["linear"] < 0.01 and kept["delta"] < 0.01
+
+
 @pytest.mark.parametrize("rule", RULES)
 @given(shape=sizes, num_segments=st.integers(1, 5), seed=st.integers(0, 99))
 def test_scan_equals_one_write_after_the_other(rule: str, shape: tuple, num_segments: int, seed: int) -> None:
     """The parallel form over segments is the recurrence, with restarts, open segments and pending writes."""
     torch.manual_seed(seed)
     B, K, N, D, V = shape
-    memory = random_memory(B, K, D, V) if seed % 2 else empty_memory(B, K, D, V)
-    pending = random_memory(B, K, D, V) if seed % 3 else empty_memory(B, K, D, V)
+    memory = (random_memory if seed % 2 else empty_memory)(B, K, D, V, rule)
+    pending = (random_memory if seed % 3 else empty_memory)(B, K, D, V, rule)
     sigma_k = torch.rand(B, num_segments, K, N, D).double() + 0.01
     values = torch.randn(B, num_segments, K, N, V).double()
     restarts = torch.rand(B, num_segments) < 0.3
@@ -130,24 +168,24 @@ def test_scan_equals_one_write_after_the_other(rule: str, shape: tuple, num_segm
         state = MemoryState(memory.matrix[b : b + 1], memory.normalizer[b : b + 1])
         for s in range(num_segments):
             if restarts[b, s]:
-                state = empty_memory(1, K, D, V)
+                state = empty_memory(1, K, D, V, rule)
             torch.testing.assert_close(starts.matrix[b : b + 1, s], state.matrix, **EXACT)
             torch.testing.assert_close(starts.normalizer[b : b + 1, s], state.normalizer, **EXACT)
             added = write(rule, sigma_k[b : b + 1, s], values[b : b + 1, s], state)
             if s == 0:
                 added = added.add(MemoryState(pending.matrix[b : b + 1], pending.normalizer[b : b + 1]))
             if completes[b, s]:
-                state = state.add(added)
+                state = state.add(commit(rule, added))
         torch.testing.assert_close(last.matrix[b : b + 1], state.matrix, **EXACT)
         expected = added.matrix * ~completes[b, -1]
         torch.testing.assert_close(still_open.matrix[b : b + 1], expected, **EXACT)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_both_rules_add_up_inside_a_segment(rule: str) -> None:
+def test_all_rules_add_up_inside_a_segment(rule: str) -> None:
     """A segment may be written in any pieces: what its tokens add depends on the memory before it alone."""
     memory, sigma_k, values = (
-        random_memory(2, 3, 4, 5),
+        random_memory(2, 3, 4, 5, rule),
         torch.rand(2, 3, 8, 4).double(),
         torch.randn(2, 3, 8, 5).double(),
     )
@@ -156,7 +194,7 @@ def test_both_rules_add_up_inside_a_segment(rule: str) -> None:
     torch.testing.assert_close(pieces[0].add(pieces[1]).add(pieces[2]), whole, **EXACT)
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", STEP_RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_read_mix_and_write(rule: str, dtype: torch.dtype) -> None:
     """Also for a row with an empty memory, and for one whose token is padding."""
@@ -170,7 +208,7 @@ def test_a_step_is_read_mix_and_write(rule: str, dtype: torch.dtype) -> None:
     pending = MemoryState(torch.randn(B, K, D, D), torch.rand(B, K, D))
     expected_pending = pending.add(write(rule, sigma_k, values, memory))
     gate = open_gate(beta, memory)
-    expected = mix(gate.transpose(1, 2), local, read(sigma_q, memory, gate).transpose(1, 2))
+    expected = mix(gate.transpose(1, 2), local, read(rule, sigma_q, memory, gate).transpose(1, 2))
     for rows in (slice(None), slice(0, 1), slice(1, 2), slice(2, 3)):
         state, added = (MemoryState(*(x[rows].clone() for x in y)) for y in (memory, pending))
         sigma_x = torch.cat([sigma_k, sigma_q.squeeze(2)], dim=2)[rows]
@@ -187,9 +225,9 @@ def test_mix_is_equation_10_and_local_alone_while_empty() -> None:
     memory = MemoryState(torch.randn(2, 2, 4, 4), torch.tensor([[[1.0] * 4] * 2, [[0.0] * 4] * 2]))
     memory = MemoryState(memory.matrix * (memory.normalizer > 0)[..., None], memory.normalizer)
     gate = open_gate(beta, memory)
-    mixed = mix(gate, local, read(sigma_q, memory, gate))
+    mixed = mix(gate, local, read("linear", sigma_q, memory, gate))
     share = torch.sigmoid(beta)[None, :, None, :, None]
-    torch.testing.assert_close(mixed[0], (share * read(sigma_q, memory) + (1 - share) * local)[0])
+    torch.testing.assert_close(mixed[0], (share * read("linear", sigma_q, memory) + (1 - share) * local)[0])
     assert torch.equal(mixed[1], local[1])
 
 
@@ -212,12 +250,12 @@ def test_the_delta_rule_replaces_a_binding_but_the_normalizer_counts_it_twice() 
     key = torch.tensor([[[[1.0, 0.0]]]]).double()
     old, new = torch.tensor([[[[4.0]]]]).double(), torch.tensor([[[[8.0]]]]).double()
     results, bindings = {}, {}
-    for rule in RULES:
+    for rule in STEP_RULES:
         memory = empty_memory(1, 1, 2, 1)
         for value in (old, new):
             memory = memory.add(write(rule, key, value, memory))
         bindings[rule] = memory.matrix[0, 0, 0, 0].item()
-        results[rule] = read(key[:, :, :, None], memory).item()
+        results[rule] = read(rule, key[:, :, :, None], memory).item()
     assert bindings == {"linear": 12.0, "delta": 8.0}
     assert results == {"linear": 6.0, "delta": 4.0}
 
@@ -225,7 +263,7 @@ def test_the_delta_rule_replaces_a_binding_but_the_normalizer_counts_it_twice() 
 def test_half_precision_inputs_are_accumulated_in_float32() -> None:
     """8192 + 32 is 8192 in bfloat16: a memory of bfloat16 keys and values must not lose what it adds."""
     sigma_k, values = sigma(torch.zeros(1, 1, 8192, 1)), torch.ones(1, 1, 8192, 1, dtype=torch.bfloat16)
-    memory = MemoryState.zeros(torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, 1))
+    memory = MemoryState.zeros("linear", torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, 1))
     memory = memory.add(write("linear", sigma_k, values, memory))
     memory = memory.add(write("linear", sigma_k[:, :, :32], values[:, :, :32], memory))
     assert memory.matrix.item() == memory.normalizer.item() == 8224

@@ -343,6 +343,15 @@ def test_what_a_recipe_cannot_say_is_refused_by_name(line, names, recipe, capsys
     assert error.startswith("error: ") and all(name in error for name in names), error
 
 
+def test_a_memory_that_does_not_grow_with_the_text_has_no_scale(recipe, capsys):
+    """What least squares remembers of a text twice is what it remembers of it once."""
+    text = "state_passing: 0.5\nstate_passing_scale: 4\nadvance_below: 1\nmemory_update: least_squares"
+    nano = Path(train.__file__).parent.parent / "models" / "nano"
+    assert train.main([str(recipe(text)), "--model", str(nano)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "state_passing_scale is 4.0" in error and "least_squares" in error
+
+
 def test_a_recipe_that_is_missing_or_no_mapping_is_refused(tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- data")
     for name in ("list.yaml", "missing.yaml"):
