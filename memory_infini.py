@@ -215,17 +215,22 @@ class Delta(Linear):
 
 
 class LeastSquares(Linear):
-    """Not in the paper. Of all matrices, the one that explains the segment with the least change of M:
+    """Not in the paper. The change of M that explains the segment best for its size, as far as the keys speak for it:
 
-        argmin_M' |V - K M'|^2 + r |M' - M|^2  =  M + (K^T K + r)^-1 K^T (V - K M)
+        M += F (K^T K + r)^-1 K^T (V - K M)        F = (K^T K + r)^-1 K^T K
 
-    with unit keys K = sigma(K) / |sigma(K)|, and A_mem = Q M with unit queries. In the paper's rules each repetition of a
-    text adds to M and z, until what was written once is too small a part of what is read. Here a repetition has nothing new
-    and changes nothing, so what was written once stays as it was wherever later keys are orthogonal to its own. The
-    normalizer is K^T K. For a segment of one token it is the update of Longhorn (arXiv 2407.14207).
+    with unit keys K = sigma(K) / |sigma(K)|, and A_mem = Q M with unit queries. Without F, the sum is where |V - K M'|^2 +
+    r |M' - M|^2 is least. F is nearly 1 in directions that the keys take, and nearly 0 in those that they hardly touch: else
+    every segment would write a little there, which thousands of segments add up to more than all the rest.
+
+    In the paper's rules each repetition of a text adds to M and z, until what was written once is too small a part of what
+    is read. Here a repetition has nothing new and changes nothing, and what was written once stays as it was in the part of
+    its key that is orthogonal to later keys. The normalizer is K^T K.
     """
 
-    RIDGE = 0.1  # r: what a key must have of its own to be written; keys are of length 1
+    RIDGE = (
+        0.1  # r: what keys, of length 1, must have in a direction (the sum of squares) for half of it to be written
+    )
 
     @staticmethod
     def features(sigma_x):
@@ -247,8 +252,9 @@ class LeastSquares(Linear):
     @staticmethod
     def commit(normalizer, *sums, where=None):
         ridge = LeastSquares.RIDGE * torch.eye(normalizer.shape[-1], dtype=normalizer.dtype, device=normalizer.device)
-        joined = torch.cat(sums, dim=-1)
-        solved = torch.cholesky_solve(joined, torch.linalg.cholesky(normalizer + ridge))
+        joined, factor = torch.cat(sums, dim=-1), torch.linalg.cholesky(normalizer + ridge)
+        solved = torch.cholesky_solve(joined, factor)
+        solved = torch.cholesky_solve(normalizer @ solved, factor)
         if where is not None:
             solved = torch.where(where[(...,) + (None,) * (solved.dim() - where.dim())], solved, joined)
         return solved.split([x.shape[-1] for x in sums], dim=-1)

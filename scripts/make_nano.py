@@ -54,6 +54,7 @@ def nano_config() -> InfiniLlamaConfig:
         eos_token_id=0,
         pad_token_id=0,
         segment_length=64,
+        memory_update="least_squares",
         gate_init=0.0,
     )
 

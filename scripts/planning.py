@@ -169,9 +169,9 @@ def flops(
             # sigma(K) z, sigma(K)^T R, and the D x D map of each segment, see `memory_infini.scan`.
             write += tokens * K * (2 * D + 2 * D * D) + segments * K * 2 * D**3
         if config.memory_update == "least_squares":
-            # No denominators; the Gram matrix, for the normalizer and for the map; the map; factor and solution of 2 D columns.
+            # No denominators; the Gram matrix, for the normalizer and for the map; the map; factor, two solutions of 2 D columns, a product between.
             read = tokens * H * 2 * D * D
-            write += tokens * K * 4 * D * D + segments * K * (2 * D**3 + D**3 // 3 + 4 * D**3)
+            write += tokens * K * 4 * D * D + segments * K * (2 * D**3 + D**3 // 3 + 12 * D**3)
     layer = {
         "projections": tokens * 2 * (E * D * (2 * H + 2 * K) + 3 * E * config.intermediate_size),
         "attention": pairs * H * 4 * D,  # eq 6: scores, and the values they weigh

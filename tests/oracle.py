@@ -200,13 +200,12 @@ def commit_segment(state: HeadState, *, memory_update: str) -> HeadState:
     """Write the open segment into the memory. Every token sees the memory as it was before the segment."""
     matrix, normalizer = state.matrix, state.normalizer
     if memory_update == "least_squares" and state.keys:
-        # The minimum of |V - K M'|^2 + 0.1 |M' - M|^2, as one linear system for M' - M.
+        # W, the minimum of |V - K M'|^2 + 0.1 |M' - M|^2 for M' = M + W, as one linear system, and then filtered.
         keys, values = torch.stack([unit(key) for key in state.keys]), torch.stack(state.values)
         gram = keys.T @ keys
-        change = (
-            torch.linalg.inv(gram + 0.1 * torch.eye(len(gram), dtype=gram.dtype)) @ keys.T @ (values - keys @ matrix)
-        )
-        return HeadState(matrix=matrix + change, normalizer=normalizer + gram)
+        inverse = torch.linalg.inv(gram + 0.1 * torch.eye(len(gram), dtype=gram.dtype))
+        change = inverse @ keys.T @ (values - keys @ matrix)
+        return HeadState(matrix=matrix + inverse @ gram @ change, normalizer=normalizer + gram)
     for key, value in zip(state.keys, state.values):
         if memory_update == "linear":
             matrix = matrix + torch.outer(sigma(key), value)  # eq 8
