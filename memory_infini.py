@@ -228,9 +228,8 @@ class LeastSquares(Linear):
     its key that is orthogonal to later keys. The normalizer is K^T K.
     """
 
-    RIDGE = (
-        0.1  # r: what keys, of length 1, must have in a direction (the sum of squares) for half of it to be written
-    )
+    # r: keys are of length 1, and where their squares add up to r in a direction, a quarter of the change is made.
+    RIDGE = 0.1
 
     @staticmethod
     def features(sigma_x):
