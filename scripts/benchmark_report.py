@@ -229,7 +229,7 @@ def plot(result: dict[str, Any], path: Path) -> bool:
         ax.set_title(name)
         ax.set_ylim(bottom=0)
         ax.legend()
-    figure.suptitle(f"{result['model']}, {result['dtype']}, {result['machine']}")
+    figure.suptitle(f"{result['model']}, {result['dtype']}, {result['machine']}", fontsize="small", wrap=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         figure.savefig(temporary, dpi=150, format="png")
