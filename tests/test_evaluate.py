@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from infini_llama.cache_infini import InfiniCache
-from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.modeling_infini import CACHE, InfiniLlamaForCausalLM
 from infini_llama.scripts import evaluate, evaluation_report
 from infini_llama.scripts.evaluation_tasks import (
     BabiStory,
@@ -268,12 +268,11 @@ class Finder:
         self.config = tiny_config(segment_length=128, block_segments=2)
         self.question, self.spoil = inner_ids(TOKENIZER, " What is the pass key? The pass key is"), spoil
 
-    def __call__(self, input_ids, logits_to_keep=0, past_key_values=None, use_cache=False):
-        past_key_values.ids = (
-            input_ids if past_key_values.ids is None else torch.cat([past_key_values.ids, input_ids], 1)
-        )
+    def __call__(self, input_ids, logits_to_keep=0, use_cache=False, **kwargs):
+        cache = kwargs[CACHE]
+        cache.ids = input_ids if cache.ids is None else torch.cat([cache.ids, input_ids], 1)
         logits = torch.zeros(len(input_ids), 1, len(TOKENIZER))
-        for row, ids in enumerate(past_key_values.ids.tolist()):
+        for row, ids in enumerate(cache.ids.tolist()):
             logits[row, 0, self.next_token(ids)] = 1
         return types.SimpleNamespace(logits=logits)
 
