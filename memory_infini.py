@@ -372,6 +372,7 @@ def scan(
     sigma_k = write_rule.features(sigma_k)
     sums_C = sigma_k.mT @ values.to(sigma_k.dtype)  # (B, S, K, D, V)
     sums_z = write_rule.normalizer(sigma_k)  # (B, S, K, D), or as the rule has it
+    # What is pending has been read for already: it joins the sums of the first segment, and not its A.
     sums_C[:, 0] += pending.matrix
     sums_z[:, 0] += pending.normalizer
     num_segments = sigma_k.shape[1]
@@ -405,7 +406,7 @@ def scan(
     starts_z, last_z, open_z = run(start_z, add_z)
 
     reading_keys = write_rule.reading_keys(sigma_k, starts_z)
-    maps_A = []
+    maps_A = []  # none or one: what a rule commits like C
     if reading_keys is not None:
         maps_A = [sigma_k.mT @ reading_keys]  # (B, S, K, D, D)
     sums_C, *maps_A = write_rule.commit(sums_z, sums_C, *maps_A, where=completes)
