@@ -84,57 +84,67 @@ SCALE_GROWTH = 1.25  # of `state_passing_scale`, a stage of the curriculum
 class CarriedMemory:
     """The memory of a text that grows without gradient, from which sequences start (arXiv 2507.02782).
 
+    Of each length that is twice another it keeps what it was last, so that memories of all lengths are at hand at any time,
+    when it has once grown to the largest.
+
     Args:
         model: that reads.
-        max_tokens: the largest length at which another text is begun.
+        max_tokens: the largest length, after which another text is begun.
     """
 
     def __init__(self, model: InfiniLlamaForCausalLM, max_tokens: int):
         self.config, self.max_tokens = model.config, max_tokens
+        self.tokens = self.grown_at = 0
         self.cache: InfiniCache | None = None
-        self.tokens = self.target = self.grown_at = 0
+        self.kept: dict[int, InfiniCache] = {}  # by the bits of the number of tokens
+
+    def begin(self) -> None:
+        """Go on with another text."""
+        self.cache, self.tokens = InfiniCache(self.config), 0
 
     @torch.no_grad()
-    def extend(self, model: torch.nn.Module, text: torch.LongTensor) -> None:
-        """Read (1, tokens) more."""
-        model(input_ids=text, past_key_values=self.cache, use_cache=False, logits_to_keep=1)
-        self.tokens += text.shape[1]
-
-    def begin(self, rng: random.Random, length: int) -> None:
-        """Forget, and draw how long the next text becomes, evenly on a logarithmic scale from `length` on."""
-        self.cache, self.tokens = InfiniCache(self.config), 0
-        self.target = length * (max(self.max_tokens, length) / length) ** rng.random()
+    def extend(self, model: torch.nn.Module, text: torch.LongTensor, length: int) -> None:
+        """Read (1, tokens) more, `length` at a time."""
+        for piece in text.split(length, dim=1):
+            model(input_ids=piece, past_key_values=self.cache, use_cache=False, logits_to_keep=1)
+            self.tokens += length
+            self.kept[self.tokens.bit_length()] = copy.deepcopy(self.cache)
 
     def rows(self, num_rows: int, rng: random.Random, max_scale: float) -> InfiniCache:
-        """A copy for a batch, each row's memory times a factor from 1 to `max_scale`, drawn evenly on a logarithmic scale.
+        """A copy, for a batch, of one of the kept memories; each row times a factor from 1 to `max_scale`, drawn evenly on
+        a logarithmic scale.
 
         c M and c z are what `linear` remembers of c copies of the text; so are they for `delta`, once what is read back
         has settled. That is how a text of minutes stands for one of hours.
         """
-        cache = copy.deepcopy(self.cache)
+        cache = copy.deepcopy(self.kept[rng.choice(sorted(self.kept))])
         cache.batch_repeat_interleave(num_rows)
         scale = torch.tensor([max_scale ** rng.random() for _ in range(num_rows)], device=cache.layers[0].device)
         for layer in cache.layers:
             if layer.memory is not None:  # as it is where `memory_update` is "none"
                 matrix, normalizer = layer.memory
-                layer.memory = MemoryState(matrix * scale.view(-1, 1, 1, 1), normalizer * scale.view(-1, 1, 1))
+                # The normalizer is a vector for each head, or a matrix.
+                matrix, normalizer = (x * scale.view(-1, *[1] * (x.ndim - 1)) for x in (matrix, normalizer))
+                layer.memory = MemoryState(matrix, normalizer)
         return cache
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"tokens": self.tokens, "target": self.target, "grown_at": self.grown_at}
-        if self.cache is not None and self.cache.layers[0].timeline is not None:  # that of another process stays empty
-            layers = self.cache.layers
-            state["timeline"], state["written_with"] = tuple(layers[0].timeline), layers[0].written_with
-            state["layers"] = [layer.state() for layer in layers]
-        return state
+        kept = {bits: _state_of(cache) for bits, cache in self.kept.items()}
+        return {"tokens": self.tokens, "grown_at": self.grown_at, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.tokens, self.target, self.grown_at = state["tokens"], state["target"], state["grown_at"]
-        if "layers" in state:
-            self.cache = InfiniCache(self.config)
-            for layer, tensors in zip(self.cache.layers, state["layers"], strict=True):
-                layer.set_state([None if x is None else x.to(device) for x in tensors], Timeline(*state["timeline"]))
-                layer.written_with = tuple(state["written_with"])
+        self.tokens, self.grown_at = state["tokens"], state["grown_at"]
+        for bits, layers in state["kept"].items():
+            self.kept[bits] = cache = InfiniCache(self.config)
+            for layer, (tensors, timeline, written_with) in zip(cache.layers, layers, strict=True):
+                layer.set_state([None if x is None else x.to(device) for x in tensors], Timeline(*timeline))
+                layer.written_with = tuple(written_with)
+        # The one that grows is the one that it was kept as; what another process holds stays empty here.
+        self.cache = copy.deepcopy(self.kept.get(self.tokens.bit_length()))
+
+
+def _state_of(cache: InfiniCache) -> list[tuple]:
+    return [(layer.state(), tuple(layer.timeline), layer.written_with) for layer in cache.layers]
 
 
 # Training
@@ -361,30 +371,29 @@ class Training:
             rng = random.Random(f"{self.options.seed}/memory/{self.step}/{index}/{rank}")
             continued = rng.random() < self.options.state_passing
             batch = self.mixture.next(num_rows, length, continued=continued)
-            memory, text = self.carry(batch.source, rng, length, rank) if continued else (None, None)
+            memory, text = self.carry(batch.source, length, rank) if continued else (None, None)
             anyone_reads |= text is not None
             if rank == accelerator.process_index:
                 mine = batch, memory, text
         batch, memory, text = mine
         if text is not None:
-            memory.extend(self.model, text.to(device))
+            memory.extend(self.model, text.to(device), length)
         elif anyone_reads:
             # A forward pass is a matter of all processes: FSDP gathers parameters in it, and DDP broadcasts buffers.
-            CarriedMemory(self.infini_model, length).extend(self.model, batch.input_ids[:1].to(device))
+            nothing = batch.input_ids[:1].repeat(1, self.options.state_passing_growth).to(device)
+            CarriedMemory(self.infini_model, length).extend(self.model, nothing, length)
         positions = batch.position_ids
         # With a cache the last block is computed twice, and FSDP asks all processes to do the same.
         cache = InfiniCache(self.infini_model.config) if self.options.state_passing else None
         if memory is not None:
             # The first piece of each row goes on where the memory ends; what follows are other documents.
             is_first = (positions == torch.arange(length)).cumprod(dim=1).bool()
-            positions = torch.where(is_first, positions + memory.tokens, positions)
             cache = memory.rows(num_rows, rng, self.state_passing_scale)
+            positions = torch.where(is_first, positions + cache.get_seq_length(), positions)
         tensors = batch.input_ids, positions, batch.labels, batch.loss_weights
         return Batch(batch.source, *(x.to(device) for x in tensors)), cache
 
-    def carry(
-        self, source: str, rng: random.Random, length: int, rank: int
-    ) -> tuple[CarriedMemory, torch.LongTensor | None]:
+    def carry(self, source: str, length: int, rank: int) -> tuple[CarriedMemory, torch.LongTensor | None]:
         """The memory of other text of the same source, and the text that it is to read now, if it is time.
 
         Every process draws the texts of all, so that their places in the sources agree, and reads its own.
@@ -393,16 +402,17 @@ class Training:
         if key not in self.memories:
             self.memories[key] = CarriedMemory(self.infini_model, self.options.state_passing_tokens)
         memory = self.memories[key]
+        growth = length * self.options.state_passing_growth
         is_due = memory.tokens == 0 or self.step - memory.grown_at >= self.options.state_passing_every
-        is_new = is_due and memory.target < memory.tokens + length
-        if is_new:
-            memory.begin(rng, length)
         if not is_due:
             return memory, None
+        is_new = memory.tokens == 0 or memory.tokens + growth > memory.max_tokens
+        if is_new:
+            memory.begin()
         memory.grown_at = self.step
-        text = self.mixture.filler(source, length, start=is_new)
+        text = self.mixture.filler(source, growth, start=is_new)
         if rank != self.accelerator.process_index:
-            memory.tokens += length
+            memory.tokens += growth
         return memory, text
 
     def require_finite(self, name: str, value: float, source: str) -> None:

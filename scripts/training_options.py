@@ -71,9 +71,13 @@ class TrainingOptions:
         None, "Truncate: no gradient reaches further back than the last multiple of this many segments."
     )
 
-    state_passing: float = option(0.0, "Share of sequences that start from the memory of other, longer text.")
+    state_passing: float = option(
+        0.0,
+        "Share of sequences that start from the memory of other text, of any length that it has had while it grew.",
+    )
     state_passing_tokens: int = option(65536, "How long that text becomes at most, before another is begun.")
-    state_passing_every: int = option(2, "It grows by one sequence, without gradient, every so many steps.")
+    state_passing_every: int = option(2, "It grows, without gradient, every so many steps,")
+    state_passing_growth: int = option(1, "by so many sequences.")
 
     state_passing_scale: float = option(
         1.0,
@@ -110,7 +114,8 @@ class TrainingOptions:
             if not getattr(self, name):
                 raise InputError(f"`{name}` is missing: give it in the recipe, or as --{name}")
         at_least = {"max_steps": 1, "batch_tokens": 1, "gradient_accumulation_steps": 1, "advance_window": 1}
-        at_least |= {"state_passing_every": 1, "logging_steps": 1, "save_total_limit": 1, "eval_sequences": 1}
+        at_least |= {"state_passing_every": 1, "state_passing_growth": 1}
+        at_least |= {"logging_steps": 1, "save_total_limit": 1, "eval_sequences": 1}
         at_least |= dict.fromkeys(("save_steps", "eval_steps", "warmup_steps", "lora_rank"), 0)
         for name, least in at_least.items():
             if getattr(self, name) < least:

@@ -131,7 +131,8 @@ def test_two_processes_train_what_one_does(train, config, model):
     assert any(len(record["losses"]) == 2 for record in log_of(two))  # processes had batches of different sources
     start = InfiniLlamaForCausalLM.from_pretrained(one.parent / model).state_dict()
     gates = {name: x for name, x in weights_of(two).items() if "memory_gate" in name}
-    assert len(gates) == 2 and all((x - start[name]).abs().min() > 1e-3 for name, x in gates.items())
+    # Not each of its heads: in four steps one may go back where it came from.
+    assert len(gates) == 2 and all((x - start[name]).abs().max() > 1e-3 for name, x in gates.items())
 
 
 def test_a_sharded_model_carries_memories_evaluates_and_exports_an_adapter(train):

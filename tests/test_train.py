@@ -538,8 +538,8 @@ def test_a_sequence_with_a_passed_state_is_the_end_of_a_longer_text(source, trai
     """Its loss is that in one text with all that its memory has read, and not that with an empty memory."""
     data = COPY if source == "copy" else request.getfixturevalue(source)
     run = training(data=[data], state_passing=1.0, state_passing_tokens=12 * N, learning_rate=0, gate_learning_rate=0)
-    calls, read, different = watch(run), [], 0
-    for _ in range(8):
+    calls, read, texts, different = watch(run), [], {}, 0
+    for _ in range(16):
         run.train_step()
     model = InfiniLlamaForCausalLM.from_pretrained(folder)
     for call in calls:
@@ -548,9 +548,10 @@ def test_a_sequence_with_a_passed_state_is_the_end_of_a_longer_text(source, trai
             assert rows == 1 and call.loss is None
             read = [] if call.past_key_values.get_seq_length() == 0 else read
             read.append(call.input_ids)
+            texts[sum(piece.shape[1] for piece in read)] = torch.cat(read, 1)
             continue
-        before = torch.cat(read, 1).expand(rows, -1)
-        seen = before.shape[1]
+        seen = call.position_ids[0, 0].item()
+        before = texts[seen].expand(rows, -1)  # the last text that was once so long
         is_first = (call.position_ids - call.position_ids[:, :1] == torch.arange(length)).cumprod(1).bool()
         assert (call.position_ids[:, 0] == seen).all() and seen > 0
         assert (call.position_ids[~is_first] < length).all()
@@ -563,7 +564,8 @@ def test_a_sequence_with_a_passed_state_is_the_end_of_a_longer_text(source, trai
         loss = (losses * call.shift_weights).sum().item() / rows
         assert call.loss.item() == pytest.approx(loss, rel=1e-5)
         different += abs(loss - (alone * call.shift_weights).sum().item() / rows) > 1e-3
-    assert different == 8
+    assert different == 16
+    assert len({call.position_ids[0, 0].item() for call in calls if call.is_trained}) > 2
 
 
 def test_a_passed_state_sends_no_gradient_and_stays_as_it_was(training, book):
@@ -581,30 +583,30 @@ def test_a_passed_state_sends_no_gradient_and_stays_as_it_was(training, book):
         assert_equal(early.state(), late.state())
 
 
-def test_a_passed_state_grows_every_so_many_steps_and_restarts_at_its_target(training, book):
-    """By one sequence; each size is trained on for as many steps, the largest too, which the target bounds."""
-    length, every, most = 2 * N, 3, 10 * N
+def test_a_passed_state_grows_every_so_many_steps_to_the_largest_size_and_again(training, book):
+    """By so many sequences, one after another; steps start from all octaves of the sizes that it has had."""
+    length, every, growth, most = 2 * N, 3, 2, 20 * N
     run = training(
         data=[book],
         state_passing=1.0,
         state_passing_every=every,
+        state_passing_growth=growth,
         state_passing_tokens=most,
         max_steps=60,
         batch_tokens=length,
         gradient_accumulation_steps=2,
     )
-    sizes, targets = [], []
+    calls, sizes = watch(run), []
     for _ in range(60):
         run.train_step()
         (memory,) = run.memories.values()
         sizes.append(memory.tokens)
-        targets.append(memory.target)
-    assert all(length <= size <= target <= most for size, target in zip(sizes, targets))
-    assert max(sizes) > length and len(set(targets)) > 3
-    for start in range(0, 60, every):
-        assert len(set(sizes[start : start + every])) == 1
-    for before, after, target in zip(sizes[::every], sizes[every::every], targets[::every]):
-        assert after == (before + length if before + length <= target else length)
+    assert sizes == [length * growth * (step // every % 5 + 1) for step in range(60)]
+    assert all(call.input_ids.shape == (1, length) for call in calls if not call.is_trained)
+    starts = [call.position_ids[0, 0].item() for call in calls if call.is_trained]
+    octaves = [start.bit_length() for start in starts[60:]]  # by then the first text has been at its end
+    assert set(octaves) == set(range(length.bit_length(), most.bit_length() + 1))
+    assert min(map(octaves.count, set(octaves))) > 0.1 * len(octaves)
 
 
 def test_the_scale_of_passed_states_rises_while_the_loss_is_low(training, book):
@@ -916,7 +918,7 @@ def test_the_run_that_is_killed_has_everything_in_it(uninterrupted):
     states = [json.loads(path.read_text()) for path in uninterrupted.rglob("training.json")]
     assert all(state["window"] or state["stage"] == 1 for state in states)
     memories = torch.load(uninterrupted / "checkpoints" / "step-6" / "memories-0.pt", weights_only=True)
-    assert len(memories) == 3 and all(memory["layers"] for memory in memories.values())
+    assert len(memories) == 3 and all(memory["kept"] for memory in memories.values())
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
