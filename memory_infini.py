@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "STEP_RULES",
     "WRITE_RULES",
     "MemoryState",
     "commit",
@@ -291,10 +290,6 @@ def commit(rule: str, pending: MemoryState) -> MemoryState:
     return MemoryState(matrix, pending.normalizer)
 
 
-STEP_RULES: tuple[str, ...] = ("linear", "delta")
-"""The rules whose one token `step` knows how to compute."""
-
-
 def step(
     rule: str,
     sigma_x: torch.Tensor,
@@ -307,10 +302,10 @@ def step(
     """One more token of each row, without gradient: what `read`, `mix` and `write` do, in less than half the time.
 
     So little is computed for one token that the number of operations is what decoding pays for. Hence the key and the
-    queries of a head go through all of them together, B and K are one dimension, and only the paper's two rules are here.
+    queries of a head go through all of them together, and B and K are one dimension.
 
     Args:
-        rule: one of `STEP_RULES`.
+        rule: a key of `WRITE_RULES`.
         sigma_x: (B, K, 1 + G, D), sigma of the key and of the queries. The key is 0 in rows that are not to be written.
         values: (B, K, 1, V) in any dtype.
         local: (B, K, G, V) in any dtype, A_local.
@@ -321,19 +316,23 @@ def step(
     Returns:
         A (B, K, G, V) float32.
     """
-    assert rule in STEP_RULES, rule  # another one would be taken for `linear`
     batch_size, num_heads, num_rows, _ = sigma_x.shape
-    sigma_x, matrix, normalizer = sigma_x.flatten(0, 1), memory.matrix.flatten(0, 1), memory.normalizer.flatten(0, 1)
-    denominator = torch.bmm(sigma_x, normalizer.unsqueeze(-1))  # (BK, 1 + G, 1)
-    is_positive = denominator > 0  # not so in an empty memory, and for a key that is not to be written
-    bound = torch.bmm(sigma_x, matrix).div_(denominator.masked_fill_(~is_positive, 1))  # eq 7
+    sigma_x = WRITE_RULES[rule].features(sigma_x.flatten(0, 1))
+    matrix, normalizer = memory.matrix.flatten(0, 1), memory.normalizer.flatten(0, 1)
+    bound = torch.bmm(sigma_x, matrix)
+    if normalizer.dim() == 2:  # z
+        denominator = torch.bmm(sigma_x, normalizer.unsqueeze(-1))  # (BK, 1 + G, 1)
+        is_positive = denominator > 0  # not so in an empty memory, and for a key that is not to be written
+        bound.div_(denominator.masked_fill_(~is_positive, 1))  # eq 7
+    else:  # K^T K
+        is_positive = normalizer.flatten(1).sum(-1).view(-1, 1, 1).expand(-1, num_rows, 1) > 0
     is_written = is_positive.view(batch_size, num_heads, num_rows, 1)[:, :, 1:]
     gate = torch.sigmoid(beta.to(bound.dtype)).unsqueeze(-1) * is_written
-    sigma_k, new_values = sigma_x[:, :1], values.reshape(-1, 1, values.shape[-1])
-    if rule == "delta":
+    sigma_k, new_values = sigma_x[:, :1], values.reshape(-1, 1, values.shape[-1]).to(bound.dtype)
+    if rule != "linear":
         new_values = new_values - bound[:, :1]
-    pending.matrix.flatten(0, 1).baddbmm_(sigma_k.transpose(1, 2), new_values.to(bound.dtype))  # eq 8, eq 9
-    pending.normalizer.add_(sigma_k.view_as(pending.normalizer))
+    pending.matrix.flatten(0, 1).baddbmm_(sigma_k.mT, new_values)  # eq 8, eq 9
+    pending.normalizer.add_(WRITE_RULES[rule].normalizer(sigma_k).view_as(pending.normalizer))
     return torch.lerp(local.to(bound.dtype), bound[:, 1:].view_as(local), gate)  # eq 10
 
 

@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
 from .configuration_infini import InfiniLlamaConfig
-from .memory_infini import STEP_RULES, MemoryState, mix, open_gate, read, sigma
+from .memory_infini import MemoryState, mix, open_gate, read, sigma
 from .parallel_infini import find_places, refuse_padding
 from .timeline_infini import Layout, Timeline, block_widths, plan
 
@@ -130,7 +130,6 @@ class InfiniLlamaAttention(LlamaAttention):
         has_memory = layout.memory_update != "none"
         if has_memory and (layout.reads or past_key_values is not None):
             is_step = num_tokens == 1 and layout.num_segments == 0 and layout.reads and not torch.is_grad_enabled()
-            is_step = is_step and layout.memory_update in STEP_RULES
             device_type = hidden_states.device.type
             autocasts = torch.is_autocast_enabled(device_type)
             with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from infini_llama.memory_infini import (
-    STEP_RULES,
     WRITE_RULES,
     LeastSquares,
     MemoryState,
@@ -200,7 +199,7 @@ def test_all_rules_add_up_inside_a_segment(rule: str) -> None:
     torch.testing.assert_close(pieces[0].add(pieces[1]).add(pieces[2]), whole, **EXACT)
 
 
-@pytest.mark.parametrize("rule", STEP_RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_read_mix_and_write(rule: str, dtype: torch.dtype) -> None:
     """Also for a row with an empty memory, and for one whose token is padding."""
@@ -210,8 +209,8 @@ def test_a_step_is_read_mix_and_write(rule: str, dtype: torch.dtype) -> None:
     sigma_k[1] = 0
     values, local = torch.randn(B, K, 1, D, dtype=dtype), torch.randn(B, 1, K, G, D, dtype=dtype)
     beta = torch.randn(K, G)
-    memory = MemoryState(torch.randn(B, K, D, D), torch.rand(B, K, D)).masked(torch.tensor([True, True, False]))
-    pending = MemoryState(torch.randn(B, K, D, D), torch.rand(B, K, D))
+    memory = random_memory(B, K, D, D, rule).map(torch.Tensor.float).masked(torch.tensor([True, True, False]))
+    pending = random_memory(B, K, D, D, rule).map(torch.Tensor.float)
     expected_pending = pending.add(write(rule, sigma_k, values, memory))
     gate = open_gate(beta, memory)
     expected = mix(gate.transpose(1, 2), local, read(rule, sigma_q, memory, gate).transpose(1, 2))
@@ -256,7 +255,7 @@ def test_the_delta_rule_replaces_a_binding_but_the_normalizer_counts_it_twice() 
     key = torch.tensor([[[[1.0, 0.0]]]]).double()
     old, new = torch.tensor([[[[4.0]]]]).double(), torch.tensor([[[[8.0]]]]).double()
     results, bindings = {}, {}
-    for rule in STEP_RULES:
+    for rule in ("linear", "delta"):
         memory = empty_memory(1, 1, 2, 1)
         for value in (old, new):
             memory = memory.add(write(rule, key, value, memory))
