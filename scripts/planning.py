@@ -305,26 +305,32 @@ def saved_activation_bytes(config: InfiniLlamaConfig, tokens: int, itemsize: int
 # Communication
 
 
-def communication_bytes(config: InfiniLlamaConfig, tokens: int, devices: int, itemsize: int) -> dict[str, int]:
-    """What one device sends for one layer of a forward pass over contiguous spans of one text.
+def communication_bytes(
+    config: InfiniLlamaConfig, tokens: int, devices: int, itemsize: int, training: bool = False
+) -> dict[str, int]:
+    """What one device sends for one layer and one text, of which each device has a contiguous span.
 
     Args:
         config: of the model.
         tokens: of the whole text.
         devices: n.
         itemsize: b.
+        training: forward and backward pass; a checkpointed layer repeats the forward pass. False: forward alone.
 
     Returns:
         `ours`: what its span does to the memory, to each of the others (an all-gather, from which every device computes the
         state before its span). `linear` adds to M and z: K (D D + D) float32. `delta` maps M to C - A M + M, and adds to z:
-        K (2 D D + D), and `least_squares` has D D in place of D. None depends on T.
-        `ring`: the keys and values of its span, n - 1 times around the ring: 2 K D b T / n each time.
+        K (2 D D + D), and `least_squares` has D D in place of D. Backward come the gradients of M and of z, which K^T K has
+        none of. None depends on T.
+        `ring`: the keys and values of its span, n - 1 times around the ring: 2 K D b T / n each time; backward they go
+        once more, with their gradients.
     """
     K, D = config.num_key_value_heads, config.head_dim
-    numbers = {"none": 0, "linear": D * D + D, "delta": 2 * D * D + D, "least_squares": 3 * D * D}
-    state = STATE_ITEMSIZE * K * numbers[config.memory_update]
-    span = math.ceil(tokens / devices)
-    return {"ours": (devices - 1) * state, "ring": (devices - 1) * 2 * K * D * itemsize * span}
+    forward = {"none": 0, "linear": D * D + D, "delta": 2 * D * D + D, "least_squares": 3 * D * D}
+    backward = {"none": 0, "linear": D * D + D, "delta": D * D + D, "least_squares": D * D}
+    numbers = forward[config.memory_update] + training * backward[config.memory_update]
+    ring = (1 + 2 * training) * 2 * K * D * itemsize * math.ceil(tokens / devices)
+    return {"ours": (devices - 1) * STATE_ITEMSIZE * K * numbers, "ring": (devices - 1) * ring}
 
 
 # The plan
@@ -400,8 +406,9 @@ def plan(config: InfiniLlamaConfig, length: int, devices: int, dtype: str, devic
     communication = {
         "per layer": per_layer,
         "prefill": {name: L * value for name, value in per_layer.items()},
-        # Backward, gradients of the state go the other way; ring attention sends keys, values and their gradients.
-        "training": {"ours": 2 * L * per_layer["ours"], "ring": 3 * L * per_layer["ring"]},
+        "training": {
+            name: L * value for name, value in communication_bytes(config, length, devices, b, training=True).items()
+        },
         # Gathered for forward and backward, and gradients scattered.
         "weights": {"prefill": shards, "training": 3 * shards},
     }

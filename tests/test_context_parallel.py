@@ -4,7 +4,6 @@ Processes on CPUs talk through gloo. Those of one number of ranks are started on
 they measured. Like the laws, cases run in float64, so that 1e-9 tells equality from a coincidence.
 """
 
-import json
 import multiprocessing
 import os
 import re
@@ -26,8 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.parallel_infini import shard_sequence
-from infini_llama.scripts.context_bytes import bytes_per_layer, size
-from infini_llama.scripts.context_bytes import main as context_bytes
+from infini_llama.scripts.planning import bytes_text, communication_bytes
 
 GUIDE = (Path(__file__).parent.parent / "docs/context_parallel.md").read_text(encoding="utf-8")
 N = 5  # of tiny_config
@@ -270,9 +268,9 @@ def test_checkpoints_keep_layers_and_logits_small(measured) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_bytes_per_layer_do_not_depend_on_the_length(measured, rule: str) -> None:
-    """A step over ten times the tokens sends the same, which is what `scripts/context_bytes.py` says."""
+    """A step over ten times the tokens sends the same, which is what `scripts/benchmark.py --plan` says."""
     config = tiny_model(memory_update=rule).config
-    expected = bytes_per_layer(config, num_ranks=len(measured), batch_size=2)
+    expected = 2 * communication_bytes(config, 1, len(measured), itemsize=4, training=True)["ours"]  # of two rows
     for rank in measured:
         assert list(rank["bytes", rule].values()) == [expected, expected]
 
@@ -368,17 +366,13 @@ def test_the_guide_trains(tmp_path: Path) -> None:
     assert losses[0] == losses[1] and losses[0].isfinite()
 
 
-def test_the_table_of_the_guide_is_what_the_script_prints(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_table_of_the_guide_is_what_plans_say() -> None:
     """For the shape of Llama-3.1-8B, with the paper's two rules, against ring attention."""
-    table = {}
-    rules = ("linear", "delta")
-    for rule in rules:
-        config = tiny_config(num_attention_heads=32, num_key_value_heads=8, head_dim=128, memory_update=rule)
-        config.save_pretrained(tmp_path)
-        assert context_bytes([str(tmp_path)]) == 0
-        for row in json.loads(capsys.readouterr().out.splitlines()[-1])["per_layer"]:
-            table.setdefault(row["tokens"], []).append(size(row["bytes"]))
-            if rule == rules[-1]:
-                table[row["tokens"]].append(size(row["ring_attention_bytes"]))
-    for tokens, sizes in table.items():
-        assert f"| {tokens:,} | {' | '.join(sizes)} |" in GUIDE
+    for tokens in (131_072, 1_048_576):
+        sizes = []
+        for rule in ("linear", "delta"):
+            config = tiny_config(num_attention_heads=32, num_key_value_heads=8, head_dim=128, memory_update=rule)
+            sent = communication_bytes(config, tokens, 8, itemsize=2, training=True)
+            sizes.append(sent["ours"])
+        row = " | ".join(map(bytes_text, (*sizes, sent["ring"])))
+        assert f"| {tokens:,} | {row} |" in GUIDE

@@ -224,6 +224,9 @@ def test_what_devices_send_does_not_depend_on_the_length(rule) -> None:
     numbers = {"linear": 128 * 128 + 128, "delta": 2 * 128 * 128 + 128, "least_squares": 3 * 128 * 128}
     assert short["ours"] == long["ours"] == 7 * 4 * 8 * numbers[rule]
     assert short["ring"] == 7 * 2 * 8 * 128 * 2 * 125_000 and long["ring"] == 10 * short["ring"]
+    step = planning.communication_bytes(config, 1_000_000, 8, itemsize=2, training=True)
+    backward = {"linear": 128 * 128 + 128, "delta": 128 * 128 + 128, "least_squares": 128 * 128}
+    assert step == {"ours": short["ours"] + 7 * 4 * 8 * backward[rule], "ring": 3 * short["ring"]}
     assert planning.communication_bytes(config, 1000, 1, itemsize=2) == {"ours": 0, "ring": 0}
 
 
