@@ -79,7 +79,6 @@ from infini_llama.scripts.evaluation_tasks import (
     hide_stories,
     losses_by_segments,
     memory_growth,
-    read_babi,
     read_books,
     rouge,
     summary_prompt,
@@ -99,7 +98,15 @@ from infini_llama.scripts.generate import (
     read_files,
     say,
 )
-from infini_llama.scripts.retrieval_tasks import VALUES, Needle, Passkey, RetrievalTask, opening_ids, plain_ids
+from infini_llama.scripts.retrieval_tasks import (
+    VALUES,
+    Needle,
+    Passkey,
+    RetrievalTask,
+    opening_ids,
+    plain_ids,
+    read_babi,
+)
 
 __all__ = ["Evaluation", "Results", "main"]
 
@@ -242,7 +249,10 @@ class Evaluation:
         if "summarise" in args.tasks:
             for _ in read_books(args.books):  # and bad lines
                 pass
-        stories = {t: (read_babi(args.babi, t), read_babi(args.babi, t, "train")) for t in self.babi_tasks()}
+        try:
+            stories = {t: (read_babi(args.babi, t), read_babi(args.babi, t, "train")) for t in self.babi_tasks()}
+        except ValueError as error:
+            raise InputError(f"--babi: {error}") from error
         settings = {n: getattr(args, n) for n in ("segment_length", "memory_update", "block_segments")}
         self.reader, self.tokenizer = load(args.model, args, args.adapter, **settings)
         self.is_ours = self.reader.has_memory

@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,8 @@ from infini_llama.modeling_infini import CACHE
 from infini_llama.scripts import generate
 from infini_llama.scripts.generate import InputError
 from infini_llama.scripts.retrieval_tasks import (
+    BABI_INTRO,
+    BabiStory,
     RetrievalTask,
     inner_ids,
     opening_ids,
@@ -43,7 +44,6 @@ from infini_llama.scripts.retrieval_tasks import (
 )
 
 __all__ = [
-    "BabiStory",
     "Book",
     "Haystack",
     "Prompt",
@@ -61,7 +61,6 @@ __all__ = [
     "hide_stories",
     "losses_by_segments",
     "memory_growth",
-    "read_babi",
     "read_books",
     "rouge",
     "summary_prompt",
@@ -75,10 +74,6 @@ LOGITS_TOKENS = 1024
 CALL_TOKENS = 4096
 # So many tokens after a word show whether it has ended.
 WORD_END = 2
-BABI_INTRO = (
-    "There are facts about people and things hidden in the following text. Memorize them. I will ask a question about "
-    "them, which has an answer of one word."
-)
 SUMMARISE = "Summarize the book above: what happens in it, from its beginning to its end, and to whom."
 
 
@@ -231,42 +226,6 @@ def hide(
 
 
 # BABILong (arXiv 2406.10149): the facts of bAbI stories in books
-
-
-@dataclass(frozen=True)
-class BabiStory:
-    """A question of a bAbI story: all facts above it, and which of them support the answer, counted from 0."""
-
-    facts: list[str]
-    question: str
-    answer: str
-    support: list[int]
-
-
-def read_babi(folder: str, task: int, split: str = "test") -> list[BabiStory]:
-    """Return the questions of `qa{task}_*_{split}.txt` in a folder."""
-    files = sorted(Path(folder).glob(f"qa{task}_*_{split}.txt"))
-    if len(files) != 1:
-        raise InputError(
-            f"--babi '{folder}' has {len(files)} files named qa{task}_*_{split}.txt: name a folder with one"
-        )
-    stories, facts, numbers = [], [], []
-    for place, line in enumerate(files[0].read_text(encoding="utf-8").splitlines(), start=1):
-        number, _, text = line.partition(" ")
-        try:
-            if int(number) == 1:
-                facts, numbers = [], []
-            if "\t" not in text:
-                facts, numbers = [*facts, text.strip()], [*numbers, int(number)]
-                continue
-            question, answer, support = text.split("\t")
-            support = [numbers.index(int(n)) for n in support.split()]
-        except ValueError as error:
-            raise InputError(f"line {place} of '{files[0]}' is not of a bAbI story ({error})") from error
-        stories.append(BabiStory(facts, question.strip(), answer.strip(), support))
-    if not stories:
-        raise InputError(f"'{files[0]}' has no questions: name the folder of the bAbI stories")
-    return stories
 
 
 def babi_intro(tokenizer: PreTrainedTokenizerBase, examples: list[BabiStory]) -> torch.Tensor:

@@ -8,6 +8,7 @@
 | --- | --- | --- | --- |
 | `passkey` | a number of five digits | five short sentences, repeated | Infini-attention, arXiv 2404.07143, appendix B |
 | `needle` | numbers, words or uuids under keys, one of them asked | prose, or as for passkey | RULER's NIAH tasks, arXiv 2404.06654 |
+| `babilong` | the facts of a bAbI story | prose | BABILong, arXiv 2406.10149 |
 | `copy` | random tokens | one token, repeated | for tiny models, which need no tokenizer |
 
 A sample is intro, haystack, question and answer, with the needles somewhere in the haystack. Each part is tokenised by
@@ -20,16 +21,32 @@ import random
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TASKS", "Copy", "Needle", "Passkey", "RetrievalTask", "Sample", "opening_ids"]
+__all__ = [
+    "TASKS",
+    "BabiStory",
+    "Babilong",
+    "Copy",
+    "Needle",
+    "Passkey",
+    "RetrievalTask",
+    "Sample",
+    "opening_ids",
+    "read_babi",
+]
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
     "about the important information there."
 )
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+BABI_INTRO = (
+    "There are facts about people and things hidden in the following text. Memorize them. I will ask a question about "
+    "them, which has an answer of one word."
+)
 VALUES = ("numbers", "words", "uuids")
 ADJECTIVES = (
     "amber ancient bitter brave bright broken calm clever cold curious dark distant dusty eager early empty faint "
@@ -263,6 +280,106 @@ class Needle(RetrievalTask):
         return draw_words(rng, 1)[0] if self.values == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
+class Babilong(RetrievalTask):
+    """The facts of a bAbI story in prose, in their order, and a question about them.
+
+    Args:
+        babi: folder with `qa{babi_task}_*_train.txt`.
+        babi_task: 1, 2 or 3.
+        haystack: the prose, as tokens or as a text. Each sample begins at another of its sentences.
+        segment_length: of the model; facts stand anywhere, whatever it is.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        babi: str | None = None,
+        babi_task: int = 1,
+        haystack: Sequence[int] | str | None = None,
+        segment_length: int | None = None,
+    ):
+        super().__init__(segment_length=segment_length)
+        if babi is None or haystack is None:
+            raise ValueError(
+                f"{'babi' if babi is None else 'haystack'} is missing: give stories, and prose to hide them in"
+            )
+        self.tokenizer, self.stories = tokenizer, read_babi(babi, babi_task, "train")
+        self.intro = opening_ids(tokenizer) + plain_ids(tokenizer, BABI_INTRO)
+        self.haystack = inner_ids(tokenizer, haystack) if isinstance(haystack, str) else list(haystack)
+        self.cuts = sentence_ends(tokenizer, self.haystack)
+        if not self.cuts:
+            raise ValueError("haystack has no sentence: give prose")
+
+    def first_token(self, rng):
+        return rng.choice(self.cuts)
+
+    def sample(self, rng, length, *, depth=None, continued=False):
+        """Draw a sample, see `RetrievalTask.sample`; its `needle` is the oldest fact that the answer needs. There is no
+        `depth`: facts stand where they are drawn.
+        """
+        intro = [] if continued else self.intro
+        story = rng.choice(self.stories)
+        texts = [f" {fact}" for fact in story.facts] + [f" {story.question} Answer:", f" {story.answer}."]
+        *facts, question, answer = (inner_ids(self.tokenizer, text) for text in texts)
+        room = length - len(intro) - sum(map(len, facts)) - len(question) - len(answer)
+        if room < 0:
+            raise ValueError(f"length {length} is too short for a story, by {-room} tokens: give longer sequences")
+        offset = self.first_token(rng)
+        ends = self.cuts_of_window(offset, room)
+        ids, position, starts = list(intro), 0, []
+        for cut, fact in zip(sorted(rng.choices(ends, k=len(facts))), facts):
+            ids += self.window(offset + position, cut - position)
+            starts.append(len(ids))
+            ids += fact
+            position = cut
+        ids += self.window(offset + position, room - position) + question + answer
+        assert len(ids) == length
+        oldest = min(story.support)
+        needle = slice(starts[oldest], starts[oldest] + len(facts[oldest]))
+        return Sample(ids, slice(length - len(answer), length), needle)
+
+
+@dataclass(frozen=True)
+class BabiStory:
+    """A question of a bAbI story: all facts above it, and which of them support the answer, counted from 0."""
+
+    facts: list[str]
+    question: str
+    answer: str
+    support: list[int]
+
+
+def read_babi(folder: str, task: int, split: str = "test") -> list[BabiStory]:
+    """Return the questions of `qa{task}_*_{split}.txt` in a folder.
+
+    Raises:
+        ValueError: there is no such file, or it is not of bAbI stories.
+    """
+    files = sorted(Path(folder).glob(f"qa{task}_*_{split}.txt"))
+    if len(files) != 1:
+        raise ValueError(
+            f"babi '{folder}' has {len(files)} files named qa{task}_*_{split}.txt: name a folder with one"
+        )
+    stories, facts, numbers = [], [], []
+    for place, line in enumerate(files[0].read_text(encoding="utf-8").splitlines(), start=1):
+        number, _, text = line.partition(" ")
+        try:
+            if int(number) == 1:
+                facts, numbers = [], []
+            if "\t" not in text:
+                facts, numbers = [*facts, text.strip()], [*numbers, int(number)]
+                continue
+            question, answer, support = text.split("\t")
+            support = [numbers.index(int(n)) for n in support.split()]
+        except ValueError as error:
+            raise ValueError(f"line {place} of '{files[0]}' is not of a bAbI story ({error})") from error
+        stories.append(BabiStory(facts, question.strip(), answer.strip(), support))
+    if not stories:
+        raise ValueError(f"'{files[0]}' has no questions: name the folder of the bAbI stories")
+    return stories
+
+
 class Copy(RetrievalTask):
     """Random tokens, a gap, a cue, and the same tokens again: what a model can learn that knows no language.
 
@@ -302,7 +419,7 @@ class Copy(RetrievalTask):
         return [content], [self.cue], content
 
 
-TASKS = {"passkey": Passkey, "needle": Needle, "copy": Copy}
+TASKS = {"passkey": Passkey, "needle": Needle, "babilong": Babilong, "copy": Copy}
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -19,10 +19,10 @@ Files are .txt (each is one document), .jsonl, .json, .csv or .parquet, of one k
 
 | field of a task | default | meaning |
 | --- | --- | --- |
-| `task` | | `"passkey"`, `"needle"` or `"copy"`, see `scripts/retrieval_tasks.py`, whose options are fields here |
+| `task` | | `"passkey"`, `"needle"`, `"babilong"` or `"copy"`, see `scripts/retrieval_tasks.py`, whose options are fields here |
 | `weight`, `name` | 1, the task | as above |
 | `context_loss` | 0.1 | weight of the loss of all that is not the answer, together; the answer's is 1 |
-| `haystack` | none | prose for `needle`: a text as above; of a large one, the first million tokens |
+| `haystack` | none | prose for `needle` and `babilong`: a text as above; of a large one, the first million tokens |
 
 A text is a stream of tokens: its documents one after another, each with the tokens that the tokenizer begins texts
 with and an end-of-text token, in an order that is drawn anew for each epoch (unless it is streamed). The rows of a

@@ -25,7 +25,6 @@ from infini_llama.cache_infini import InfiniCache
 from infini_llama.modeling_infini import CACHE, InfiniLlamaForCausalLM
 from infini_llama.scripts import evaluate, evaluation_report
 from infini_llama.scripts.evaluation_tasks import (
-    BabiStory,
     Haystack,
     Prompt,
     Question,
@@ -40,14 +39,13 @@ from infini_llama.scripts.evaluation_tasks import (
     hide_stories,
     losses_by_segments,
     memory_growth,
-    read_babi,
     rouge,
     summary_prompt,
     take_tokens,
     window_prompt,
 )
 from infini_llama.scripts.generate import InputError
-from infini_llama.scripts.retrieval_tasks import Needle, Passkey, inner_ids
+from infini_llama.scripts.retrieval_tasks import Babilong, BabiStory, Needle, Passkey, inner_ids, read_babi
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = tiny_tokenizer()
@@ -387,11 +385,33 @@ def test_evidence_ends_with_the_oldest_supporting_fact():
     assert question.evidence_end == question.prompt.spans[0][1]
 
 
+@pytest.mark.parametrize("continued", [True, False])
+def test_a_trained_babi_sample_is_an_evaluated_question_and_its_answer(babi, continued):
+    """Facts in their order between sentences, anywhere; of a length that is exact; the oldest fact needed is its needle."""
+    task, seen = Babilong(TOKENIZER, babi=str(babi), haystack=PROSE), set()
+    for seed in range(30):
+        sample = task.sample(random.Random(seed), 400, continued=continued)
+        text, answer = TOKENIZER.decode(sample.ids), TOKENIZER.decode(sample.ids[sample.answer])
+        asked = next(s for s in read_babi(str(babi), 1, "train") if f"{s.question} Answer: {s.answer}." in text)
+        assert answer == f" {asked.answer}." and len(sample.ids) == 400
+        places = [text.rindex(f" {fact}") for fact in asked.facts]
+        assert places == sorted(places) and text.startswith("There are facts") != continued
+        assert TOKENIZER.decode(sample.ids[sample.needle]) == f" {asked.facts[min(asked.support)]}"
+        seen.add((asked.question, asked.answer, sample.needle.start))
+    assert len(seen) > 20
+    with pytest.raises(ValueError, match="length 100 is too short for a story, by"):
+        task.sample(random.Random(0), 100)
+    with pytest.raises(ValueError, match="babi is missing"):
+        Babilong(TOKENIZER, haystack=PROSE)
+    with pytest.raises(ValueError, match="haystack is missing"):
+        Babilong(TOKENIZER, babi=str(babi))
+
+
 def test_stories_that_are_none_are_refused(babi, tmp_path):
-    with pytest.raises(InputError, match="qa2_"):
+    with pytest.raises(ValueError, match="qa2_"):
         read_babi(str(babi), 2)
     (babi / "qa1_single-supporting-fact_test.txt").write_text("1 Mary left.\nand so on\n")
-    with pytest.raises(InputError, match="line 2 of "):
+    with pytest.raises(ValueError, match="line 2 of "):
         read_babi(str(babi), 1)
 
 

@@ -596,7 +596,7 @@ def test_the_prose_of_needles_is_a_text(tmp_path):
         ({"source": "latin.txt"}, "'latin.txt' cannot be read .*utf-8.*: check its files"),
         ({"source": "latin.txt", "streaming": True}, "'latin.txt' cannot be read .*utf-8.*: check its files"),
         ({"source": "broken.jsonl"}, "'broken.jsonl' cannot be read .*: check its files"),
-        ({"task": "riddle"}, "task 'riddle' is unknown: choose one of passkey, needle, copy"),
+        ({"task": "riddle"}, "task 'riddle' is unknown: choose one of passkey, needle, babilong, copy"),
         ({"task": "copy", "digits": 3}, "field 'digits' of 'copy' is unknown: choose among context_loss, name, num"),
         ({"task": "copy", "num_tokens": 0}, "source 'copy': num_tokens is 0: give at least 1"),
         ({"task": "copy", "num_tokens": "3"}, "source 'copy': "),
