@@ -336,9 +336,13 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, num_columns = inputs.shape[:2]
         if num_columns == 0:
-            raise ValueError(
-                f"The input has no tokens: its shape is {tuple(inputs.shape)}. Give at least one per row."
-            )
+            message = f"The input has no tokens: its shape is {tuple(inputs.shape)}. Give at least one per row."
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                message += (
+                    " (`generate` takes a prompt for the beginning of what the cache has seen, unless `attention_mask` "
+                    "covers both: with `position_ids` give it too.)"
+                )
+            raise ValueError(message)
         config = self.config
         timeline = self._check_cache(past_key_values, batch_size)
         valid, positions = self._check_mask_and_positions(attention_mask, position_ids, batch_size, num_columns)

@@ -328,6 +328,16 @@ def test_a_question_of_any_length_goes_on_from_a_text_that_was_read(length: int)
     assert torch.equal(answer, expected[:, 12:])
 
 
+def test_a_question_with_positions_needs_a_mask_and_the_error_says_so() -> None:
+    """With `position_ids`, `generate` leaves the mask to the caller."""
+    model, text, question = tiny_model(), random_ids(1, 12), random_ids(1, 3)
+    options = {"past_key_values": read(model, text), "position_ids": torch.arange(12, 15)[None]}
+    with pytest.raises(ValueError, match="`attention_mask` covers both: with `position_ids` give it too"):
+        generate(model, question, **options)
+    answer = generate(model, question, attention_mask=torch.ones(1, 15), **options)
+    assert torch.equal(answer, greedy(model, torch.cat([text, question], dim=1))[:, 12:])
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_prefix_is_read_once_and_serves_many_prompts(rule: str) -> None:
     """The library's recipe for prefix caching: a copy of the prefix's cache, and prompts that repeat the prefix."""
