@@ -169,9 +169,10 @@ def flops(
             # sigma(K) z, sigma(K)^T R, and the D x D map of each segment, see `memory_infini.scan`.
             write += tokens * K * (2 * D + 2 * D * D) + segments * K * 2 * D**3
         if config.memory_update == "least_squares":
-            # No denominators; the Gram matrix, for the normalizer and for the map; the map; factor, two solutions of 2 D columns, a product between.
+            # No denominators; K^T K, for the normalizer and for the map. Of each segment the map, an inverse, two products
+            # with it, and what they make of C and A.
             read = tokens * H * 2 * D * D
-            write += tokens * K * 4 * D * D + segments * K * (2 * D**3 + D**3 // 3 + 12 * D**3)
+            write += tokens * K * 4 * D * D + segments * K * (2 + 2 + 4 + 4) * D**3
     layer = {
         "projections": tokens * 2 * (E * D * (2 * H + 2 * K) + 3 * E * config.intermediate_size),
         "attention": pairs * H * 4 * D,  # eq 6: scores, and the values they weigh
@@ -248,9 +249,10 @@ def prefill_activation_bytes(config: InfiniLlamaConfig, tokens: int, itemsize: i
         return tokens * max(mlp, attention)
     segments = math.ceil(tokens / config.segment_length)
     matrices = layer_memory_bytes(config)
-    is_delta = config.memory_update == "delta"
-    # sigma(K), values, what the keys read with; of each segment C, A, and the memory at its start, which is stacked.
-    write = STATE_ITEMSIZE * keys * (3 if is_delta else 2) * tokens + segments * matrices * (4 if is_delta else 3)
+    # sigma(K), values, what the keys read with or unit keys; of each segment C, A, and the memory at its start, which is
+    # stacked. `least_squares` commits them all at once: C and A side by side before and after, what they are multiplied by.
+    wide, per_segment = {"linear": (2, 3), "delta": (3, 4), "least_squares": (3, 6.5)}[config.memory_update]
+    write = STATE_ITEMSIZE * keys * wide * tokens + round(segments * matrices * per_segment)
     # sigma(Q), A_mem, (1 - g) A_local and their sum.
     read = STATE_ITEMSIZE * 4 * queries * tokens + segments * matrices
     return max(tokens * mlp, tokens * attention + max(write, read))
@@ -273,6 +275,9 @@ def layer_saved_bytes(config: InfiniLlamaConfig, tokens: int, itemsize: int, *, 
         if config.memory_update == "delta":
             attention += STATE_ITEMSIZE * D * K + 9 * K  # what the keys read with, and denominators
             per_segment *= 3  # the map A, and M once more where it is multiplied by A
+        if config.memory_update == "least_squares":
+            attention += STATE_ITEMSIZE * D * (H + K) - 4 * H  # unit queries and keys beside those of sigma
+            per_segment *= 5  # that, and what it is committed with: C and A before and after, K^T K, three products
     mlp = itemsize * 4 * F
     segments = math.ceil(tokens / config.segment_length)
     return tokens * (norms + attention + mlp) + segments * per_segment
@@ -350,12 +355,7 @@ def plan(config: InfiniLlamaConfig, length: int, devices: int, dtype: str, devic
         `memory`: bytes of each device for `prefill` and `training`, `ours` and `full`, by what they hold, with `total`.
         `communication`: bytes that a device sends. `flops`: of all devices together. `seconds`: FLOPs at the given rate and
         bytes at the given bandwidths.
-
-    Raises:
-        InputError: the rule is `least_squares`, of which it is not known what it keeps for a backward pass.
     """
-    if config.memory_update == "least_squares":
-        raise InputError("memory_update is least_squares, for which there are no plans yet: plan for --rules delta")
     b, L, E = ITEMSIZE[dtype], config.num_hidden_layers, config.hidden_size
     span = math.ceil(length / devices)
     block = min(config.block_length, span)
