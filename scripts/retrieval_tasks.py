@@ -255,10 +255,7 @@ class Needle(RetrievalTask):
         if haystack is None or isinstance(haystack, str):
             haystack = inner_ids(tokenizer, FILLER if haystack is None else haystack)
         self.haystack = list(haystack)
-        if not self.haystack:
-            raise ValueError("haystack is empty: give prose, or leave it out for sentences that repeat")
-        # Without sentences, as in a list, anywhere.
-        self.cuts = sentence_ends(tokenizer, self.haystack) or list(range(1, len(self.haystack) + 1))
+        self.cuts = insertion_places(tokenizer, self.haystack)
 
     def first_token(self, rng):
         return rng.choice(self.cuts)
@@ -307,9 +304,7 @@ class Babilong(RetrievalTask):
         self.tokenizer, self.stories = tokenizer, read_babi(babi, babi_task, "train")
         self.intro = opening_ids(tokenizer) + plain_ids(tokenizer, BABI_INTRO)
         self.haystack = inner_ids(tokenizer, haystack) if isinstance(haystack, str) else list(haystack)
-        self.cuts = sentence_ends(tokenizer, self.haystack)
-        if not self.cuts:
-            raise ValueError("haystack has no sentence: give prose")
+        self.cuts = insertion_places(tokenizer, self.haystack)
 
     def first_token(self, rng):
         return rng.choice(self.cuts)
@@ -437,6 +432,13 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[in
     """Places right after a token that ends a sentence."""
     ends = {index for token, index in tokenizer.get_vocab().items() if token.endswith((".", "!", "?"))}
     return [place for place, token in enumerate(ids, start=1) if token in ends]
+
+
+def insertion_places(tokenizer: PreTrainedTokenizerBase, haystack: list[int]) -> list[int]:
+    """Where something may be put into prose: after its sentences; without sentences, as in a list, anywhere."""
+    if not haystack:
+        raise ValueError("haystack is empty: give prose")
+    return sentence_ends(tokenizer, haystack) or list(range(1, len(haystack) + 1))
 
 
 def closest(numbers: list[int], target: float) -> int:

@@ -267,12 +267,14 @@ def test_the_script_runs_as_a_file(tmp_path):
 def test_every_recipe_runs(recipe, run, folder, texts, tmp_path):
     """Each file in scripts/recipes, on other text: two small steps of its first stage, and an evaluation."""
     keys = yaml.safe_load(recipe.read_text())
+    (tmp_path / "qa1_stories_train.txt").write_text("1 Mary left.\n2 Who left? \tMary\t1\n")
 
     def localised(entry: dict | str) -> dict:
         entry = {"source": entry} if isinstance(entry, str) else dict(entry)
         if "source" in entry:
             elsewhere = {"source", "split", "config", "column"}
             return {k: v for k, v in entry.items() if k not in elsewhere} | {"source": str(texts)}
+        entry |= {"babi": str(tmp_path)} if "babi" in entry else {}
         return entry | ({"haystack": localised(entry["haystack"])} if "haystack" in entry else {})
 
     short = {"gradient_accumulation_steps": 1, "batch_tokens": 1, "max_steps": 2}
