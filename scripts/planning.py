@@ -169,10 +169,10 @@ def flops(
             # sigma(K) z, sigma(K)^T R, and the D x D map of each segment, see `memory_infini.scan`.
             write += tokens * K * (2 * D + 2 * D * D) + segments * K * 2 * D**3
         if config.memory_update == "least_squares":
-            # No denominators; K^T K, for the normalizer and for the map. Of each segment the map, an inverse, two products
-            # with it, and what they make of C and A.
+            # No denominators; K^T K, for the normalizer and for the map. Of each segment the map, an inverse, F, and four
+            # products with C and A.
             read = tokens * H * 2 * D * D
-            write += tokens * K * 4 * D * D + segments * K * (2 + 2 + 4 + 4) * D**3
+            write += tokens * K * 4 * D * D + segments * K * (2 + 2 + 2 + 4 * 4) * D**3
     layer = {
         "projections": tokens * 2 * (E * D * (2 * H + 2 * K) + 3 * E * config.intermediate_size),
         "attention": pairs * H * 4 * D,  # eq 6: scores, and the values they weigh
@@ -277,7 +277,8 @@ def layer_saved_bytes(config: InfiniLlamaConfig, tokens: int, itemsize: int, *, 
             per_segment *= 3  # the map A, and M once more where it is multiplied by A
         if config.memory_update == "least_squares":
             attention += STATE_ITEMSIZE * D * (H + K) - 4 * H  # unit queries and keys beside those of sigma
-            per_segment *= 5  # that, and what it is committed with: C and A before and after, K^T K, three products
+            # That, and what it is committed with: C and A before, between and after four products, (K^T K + r)^-1, F, K^T K.
+            per_segment = per_segment * 15 // 2
     mlp = itemsize * 4 * F
     segments = math.ceil(tokens / config.segment_length)
     return tokens * (norms + attention + mlp) + segments * per_segment

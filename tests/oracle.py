@@ -200,12 +200,14 @@ def commit_segment(state: HeadState, *, memory_update: str) -> HeadState:
     """Write the open segment into the memory. Every token sees the memory as it was before the segment."""
     matrix, normalizer = state.matrix, state.normalizer
     if memory_update == "least_squares" and state.keys:
-        # W, the minimum of |V - K M'|^2 + 0.1 |M' - M|^2 for M' = M + W, as one linear system, and then filtered.
+        # W, the minimum of |V - K M'|^2 + 0.05 |M' - M|^2 for M' = M + W, as one linear system, and then filtered, three times.
         keys, values = torch.stack([unit(key) for key in state.keys]), torch.stack(state.values)
         gram = keys.T @ keys
-        inverse = torch.linalg.inv(gram + 0.1 * torch.eye(len(gram), dtype=gram.dtype))
+        inverse = torch.linalg.inv(gram + 0.05 * torch.eye(len(gram), dtype=gram.dtype))
         change = inverse @ keys.T @ (values - keys @ matrix)
-        return HeadState(matrix=matrix + inverse @ gram @ change, normalizer=normalizer + gram)
+        return HeadState(
+            matrix=matrix + torch.linalg.matrix_power(inverse @ gram, 3) @ change, normalizer=normalizer + gram
+        )
     for key, value in zip(state.keys, state.values):
         if memory_update == "linear":
             matrix = matrix + torch.outer(sigma(key), value)  # eq 8

@@ -248,7 +248,7 @@ def test_rows_move_with_all_their_state(rule: str, lengths: tuple[int, ...], ope
     logits = go_on(model, cache, questions)
     for i, row in enumerate(rows):
         alone = go_on(model, read(model, ids[row : row + 1, mask[row] == 1]), questions[i : i + 1])
-        # Least squares divides by r = 0.1, which makes rounding larger by as much.
+        # Least squares divides by r = 0.05, which makes rounding larger by as much.
         rounding = {"rtol": 1e-4, "atol": 1e-4} if rule == "least_squares" else ROUNDING
         torch.testing.assert_close(logits[i : i + 1], alone, **rounding)
 
