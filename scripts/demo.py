@@ -266,7 +266,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--passkey-tokens",
         type=int,
-        default=262_144,
+        default=1_000_000,
         help="length of the text with the passkey, 0 to leave it out (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, help="of the passkey; another one each time by default")
