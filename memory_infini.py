@@ -255,9 +255,7 @@ class LeastSquares(Linear):
         inverse = torch.linalg.inv(normalizer + ridge)
         joined = torch.cat(sums, dim=-1)
         share, solved = inverse @ normalizer, inverse @ joined
-        for _ in range(
-            LeastSquares.POWER
-        ):  # one after the other: their product first would round a hundred times coarser
+        for _ in range(LeastSquares.POWER):  # not their product first, which would round a hundred times coarser
             solved = share @ solved
         if where is not None:
             solved = torch.where(where[(...,) + (None,) * (solved.dim() - where.dim())], solved, joined)
