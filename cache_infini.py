@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_infini import LAYER_TYPE, InfiniLlamaConfig
-from .memory_infini import MemoryState, commit, scan, sigma, step, write
+from .memory_infini import MemoryState, commit, float_rows, scan, sigma, step, write
 from .timeline_infini import Layout, Timeline, gather_tokens
 
 __all__ = ["InfiniCache", "InfiniCacheLayer", "projection_fingerprint"]
@@ -165,7 +165,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         starts, self.memory, self.pending = scan(
             rule,
             sigma_k,  # contiguous, as the values: the products of `scan` are three times faster then
-            to_segments(values).to(sigma_k.dtype).contiguous(),
+            float_rows(to_segments(values)),
             start,
             self.pending,
             restarts=layout.restarts,

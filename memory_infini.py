@@ -18,8 +18,9 @@ __all__ = [
     "WRITE_RULES",
     "MemoryState",
     "commit",
+    "float_rows",
+    "inverse_denominator",
     "mix",
-    "normalized",
     "open_gate",
     "read",
     "scan",
@@ -64,9 +65,17 @@ class MemoryState(NamedTuple):
         return self.map(lambda x: x * where.view(-1, *[1] * (x.dim() - 1)))
 
 
+def float_rows(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 (float64 stays), contiguous, by at most one copy."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format).contiguous()
+
+
 def _sigma(x: torch.Tensor) -> torch.Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    return x.clamp(min=-40, max=0).exp_().add_(x.relu())
+    rows = float_rows(x)
+    exponential = rows.clamp(min=-40, max=0).exp_()
+    # A large tensor costs more to allocate than to compute, so a copy is overwritten.
+    is_copy = rows.dtype != x.dtype or not x.is_contiguous()
+    return exponential.add_(rows.relu_() if is_copy else rows.relu())
 
 
 class _Sigma(torch.autograd.Function):
@@ -94,27 +103,23 @@ def sigma(x: torch.Tensor) -> torch.Tensor:
     return _Sigma.apply(x) if torch.is_grad_enabled() and x.requires_grad else _sigma(x)
 
 
-def normalized(sigma_x: torch.Tensor, normalizer: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """The rows of `sigma_x` divided by sigma(x) z, the denominator of equations 7 and 9; 0 where that is 0.
+def inverse_denominator(sigma_x: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+    """1 / (sigma(x) z), for equations 7 and 9; 0 where sigma(x) z is 0.
 
     Args:
         sigma_x: (..., N, D).
         normalizer: (..., D).
-        scale: (..., N, 1), a factor for each row.
 
     Returns:
-        (..., N, D).
+        (..., N, 1).
     """
-    if not torch.is_grad_enabled():  # in few operations, whose number is what decoding costs
-        reciprocal = (sigma_x @ normalizer.unsqueeze(-1)).reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0)
-        return sigma_x * (reciprocal if scale is None else reciprocal.mul_(scale))
+    if not torch.is_grad_enabled():  # in few operations
+        return (sigma_x @ normalizer.unsqueeze(-1)).reciprocal_().nan_to_num_(nan=torch.nan, posinf=0.0)
     # z in units of its largest entry: the derivative squares the denominator, and float32 ends at 1e-38.
     unit = normalizer.detach().amax(-1, keepdim=True).unsqueeze(-1)
     unit = torch.where(unit > 0, unit, 1)
     denominator = sigma_x @ (normalizer.unsqueeze(-1) / unit)
-    return sigma_x * (
-        (1 if scale is None else scale) / unit * torch.where(denominator > 0, denominator, torch.inf).reciprocal()
-    )
+    return torch.where(denominator > 0, denominator, torch.inf).reciprocal() / unit
 
 
 def open_gate(beta: torch.Tensor, memory: MemoryState) -> torch.Tensor:
@@ -141,14 +146,16 @@ def read(rule: str, sigma_q: torch.Tensor, memory: MemoryState, gate: torch.Tens
         rule: a key of `WRITE_RULES`, the one that wrote the memory.
         sigma_q: (B, K, N, G, D).
         memory: matrix (B, K, D, V), and its normalizer.
-        gate: (B, K, 1, G, 1), a factor of A_mem; it costs least where the denominators are.
+        gate: (B, K, 1, G, 1), a factor of A_mem; it costs least here, beside the denominators.
 
     Returns:
         (B, K, N, G, V).
     """
-    scale = None if gate is None else gate.expand(*sigma_q.shape[:-1], 1).flatten(2, 3)
-    rows = WRITE_RULES[rule].reading_rows(sigma_q.flatten(2, 3), memory.normalizer, scale)  # (B, K, NG, D)
-    return (rows @ memory.matrix).unflatten(2, sigma_q.shape[2:4])  # eq 7
+    rows = sigma_q.flatten(2, 3)  # (B, K, NG, D)
+    scale = WRITE_RULES[rule].reading_scale(rows, memory.normalizer).unflatten(2, sigma_q.shape[2:4])
+    if gate is not None:
+        scale = scale * gate
+    return (rows @ memory.matrix).unflatten(2, sigma_q.shape[2:4]) * scale  # eq 7
 
 
 def mix(gate: torch.Tensor, local: torch.Tensor, gated_memory: torch.Tensor) -> torch.Tensor:
@@ -160,9 +167,9 @@ def mix(gate: torch.Tensor, local: torch.Tensor, gated_memory: torch.Tensor) -> 
         gated_memory: (..., V) float32, sigmoid(beta) A_mem: what `read` gives with this gate.
 
     Returns:
-        (..., V) float32, laid out in memory like `local`.
+        (..., V) float32.
     """
-    return (1 - gate) * local + gated_memory  # eq 10
+    return torch.addcmul(gated_memory, 1 - gate, local.to(gated_memory.dtype))  # eq 10
 
 
 class Linear:
@@ -183,11 +190,9 @@ class Linear:
         return sigma_k.sum(-2)  # eq 8
 
     @staticmethod
-    def reading_rows(
-        sigma_q: torch.Tensor, normalizer: torch.Tensor, scale: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """What M is multiplied by from the left when queries (..., N, D) read, times `scale` (..., N, 1)."""
-        return normalized(sigma_q, normalizer, scale)
+    def reading_scale(sigma_q: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+        """What sigma(Q) M is multiplied by, for each of the queries (..., N, D): (..., N, 1)."""
+        return inverse_denominator(sigma_q, normalizer)  # eq 7
 
     @staticmethod
     def reading_keys(sigma_k: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor | None:
@@ -210,7 +215,7 @@ class Delta(Linear):
 
     @staticmethod
     def reading_keys(sigma_k, normalizer):
-        return normalized(sigma_k, normalizer)
+        return sigma_k * inverse_denominator(sigma_k, normalizer)
 
 
 class LeastSquares(Linear):
@@ -233,16 +238,15 @@ class LeastSquares(Linear):
 
     @staticmethod
     def features(sigma_x):
-        return sigma_x * (sigma_x.square().sum(-1, keepdim=True) + 1e-30).rsqrt()  # 0 stays 0
+        return sigma_x * LeastSquares.reading_scale(sigma_x)  # 0 stays 0
 
     @staticmethod
     def normalizer(sigma_k):
         return sigma_k.mT @ sigma_k
 
     @staticmethod
-    def reading_rows(sigma_q, normalizer, scale=None):
-        rows = LeastSquares.features(sigma_q)
-        return rows if scale is None else rows * scale
+    def reading_scale(sigma_q, normalizer=None):
+        return (sigma_q.square().sum(-1, keepdim=True) + 1e-30).rsqrt()
 
     @staticmethod
     def reading_keys(sigma_k, normalizer):

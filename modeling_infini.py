@@ -86,7 +86,7 @@ class InfiniLlamaAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         layout: Layout,
-        past_key_values: Cache | None = None,
+        past_key_values: InfiniCacheLayer | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -95,7 +95,8 @@ class InfiniLlamaAttention(LlamaAttention):
             position_embeddings: cosines and sines of the positions inside the segments, (batch or 1, tokens, head_dim).
             attention_mask: of the local attention, as the attention implementation wants it.
             layout: where the tokens go.
-            past_key_values: read, and updated. None: there is nothing before, and nothing is kept. Also called `cache`.
+            past_key_values: of this layer, read, and updated; not the whole cache, so that one compiled layer serves all.
+                None: there is nothing before, and nothing is kept. Also called `cache`.
 
         Returns:
             The output (batch, tokens, hidden_size), and the weights of the local attention (batch, heads, tokens, slots)
@@ -104,7 +105,7 @@ class InfiniLlamaAttention(LlamaAttention):
         batch_size, num_tokens, _ = hidden_states.shape
         hidden_shape = (batch_size, num_tokens, -1, self.head_dim)
         past_key_values = kwargs.pop("cache", past_key_values)
-        cache = InfiniCacheLayer() if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = InfiniCacheLayer() if past_key_values is None else past_key_values
 
         query_states = self.q_proj(hidden_states).view(hidden_shape)
         key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -158,7 +159,7 @@ class InfiniLlamaAttention(LlamaAttention):
         sigma_q = sigma(query_states.unflatten(2, groups).transpose(1, 2))  # (rows, K, slots, G, head_dim)
         gated_memory = read(layout.memory_update, sigma_q, memory, gate)
         mixed = mix(gate.transpose(1, 2), attn_output.unflatten(2, groups), gated_memory.transpose(1, 2))
-        return mixed.flatten(2, 3).to(attn_output.dtype)
+        return mixed.to(attn_output.dtype).flatten(2, 3)
 
     def _step(
         self,
@@ -420,7 +421,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
         layout = layout.to(hidden_states.device)
         mask = local_attention_mask(self.config, layout, hidden_states)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=layout.rotary_positions)
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        for index, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if layout.relay is not None and self.gradient_checkpointing and self.training:
                 decoder_layer = partial(self._checkpoint_function(), decoder_layer)
             hidden_states = decoder_layer(
@@ -428,7 +429,7 @@ class InfiniLlamaModel(InfiniLlamaPreTrainedModel, LlamaModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 layout=layout,
-                **{CACHE: past_key_values},
+                **{CACHE: None if past_key_values is None else past_key_values.layers[index]},
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))

@@ -456,6 +456,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=["float32", "bfloat16", "float16"],
         help="of the weights (float32; plan: bfloat16)",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="prefill, decode, train: decoder layers of both by torch.compile"
+    )
     parser.add_argument("--device", default="cpu", help="where to run")
     parser.add_argument("--threads", type=positive, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
@@ -549,6 +552,10 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
         config = read_config(args.model, **settings)
     if set(args.tasks) & MEASURED_HERE:
         ours, base = load_pair(args.model, getattr(torch, args.dtype), args.device, **settings)
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # one function is compiled for both, each rule and length
+            for layer in (*ours.model.layers, *base.model.layers):
+                layer.compile()
         length = config.segment_length
         segments = {"prefill": args.segments or [4, 8, 16, 32], "train": args.segments or [16]}
         rules, rule = args.rules or ["delta", "linear"], ours.config.memory_update

@@ -123,6 +123,16 @@ def test_a_cache_that_is_moved_on_computes_the_same() -> None:
     assert moved.layers[1].timeline.positions == (10_000_022,)
 
 
+def test_layers_of_both_models_are_compiled_on_request(folder, monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compiled.append(layer))
+    sizes = ["--tasks", "prefill", "--segments", "2", "--repeats", "1", "--segment-length", "5"]
+    for options, expected in (([], 0), (["--compile"], 2 * tiny_model().config.num_hidden_layers)):
+        assert benchmark.main([str(folder), *sizes, *options]) == 0
+        assert len(compiled) == expected
+    assert {type(layer).__name__ for layer in compiled} == {"InfiniLlamaDecoderLayer", "LlamaDecoderLayer"}
+
+
 def test_long_contexts_are_read_in_part(folder, capsys) -> None:
     """To the limit, and at least one segment, ending at the same place; the result says how much."""
     sizes = ["--contexts", "7", "10000002", "--tokens", "3", "--segment-length", "5"]

@@ -11,8 +11,8 @@ from infini_llama.memory_infini import (
     LeastSquares,
     MemoryState,
     commit,
+    inverse_denominator,
     mix,
-    normalized,
     open_gate,
     read,
     scan,
@@ -75,7 +75,7 @@ def test_reading_an_empty_memory_gives_zero_and_finite_gradients(rule: str) -> N
     retrieved = read(rule, sigma_q, memory)
     assert (retrieved == 0).all()
     gradients = torch.autograd.grad(
-        retrieved.sum() + normalized(sigma_q[:, :, :, 0], empty_memory(1, 1, 3, 3).normalizer).sum(),
+        retrieved.sum() + inverse_denominator(sigma_q[:, :, :, 0], empty_memory(1, 1, 3, 3).normalizer).sum(),
         [sigma_q, *memory],
         allow_unused=True,
     )

@@ -632,6 +632,25 @@ def test_a_compiled_decode_step_gives_the_same_and_stops_compiling(backend):
     assert_close(torch.cat(logits, dim=1), expected)
 
 
+@torch.no_grad()
+def test_layers_are_compiled_once_for_all():
+    """Each on its own, as `accelerate.utils.compile_regions` does: one graph without a memory, one with, whatever the layers."""
+    model, ids = tiny_model(num_hidden_layers=4), random_ids(2, 4 * N)
+    expected = run(model, ids, cuts=[2 * N])
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    for layer in model.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    assert_close(run(model, ids, cuts=[2 * N]), expected)
+    assert len(graphs) == 2
+    torch.compiler.reset()
+
+
 # Sequence classification
 
 
