@@ -81,7 +81,7 @@ from infini_llama.scripts.benchmark_memory import (
     train_step,
 )
 from infini_llama.scripts.evaluate import commit, write
-from infini_llama.scripts.generate import InputError, one_line, positive, say
+from infini_llama.scripts.generate import InputError, compile_layers, one_line, positive, say
 from infini_llama.scripts.planning import Device, decode_bytes, flops, plan, plan_table, read_config
 
 __all__ = ["main"]
@@ -553,9 +553,8 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if set(args.tasks) & MEASURED_HERE:
         ours, base = load_pair(args.model, getattr(torch, args.dtype), args.device, **settings)
         if args.compile:
-            torch._dynamo.config.recompile_limit = 64  # one function is compiled for both, each rule and length
-            for layer in (*ours.model.layers, *base.model.layers):
-                layer.compile()
+            for model in (ours, base):
+                compile_layers(model)
         length = config.segment_length
         segments = {"prefill": args.segments or [4, 8, 16, 32], "train": args.segments or [16]}
         rules, rule = args.rules or ["delta", "linear"], ours.config.memory_update

@@ -45,7 +45,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from infini_llama.cache_infini import InfiniCache
@@ -59,6 +59,7 @@ __all__ = [
     "Reading",
     "answer",
     "choose_chat",
+    "compile_layers",
     "default_device",
     "load_memory",
     "load_model",
@@ -238,6 +239,15 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model '{name}' cannot be loaded ({one_line(error)})") from error
     return model, tokenizer
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer of a Llama on its own, in place: one graph serves all layers, and is small."""
+    # Of one function there are many: without and with gradients, with a memory and none, for the lengths that are met. At
+    # the default of 8 torch gives up.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.base_model.layers:
+        layer.compile()
 
 
 def chat_halves(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, str]:

@@ -50,7 +50,7 @@ from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.memory_infini import MemoryState
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts.evaluation_tasks import bucket, bucket_label
-from infini_llama.scripts.generate import InputError, load_model, one_line, say
+from infini_llama.scripts.generate import InputError, compile_layers, load_model, one_line, say
 from infini_llama.scripts.training_data import Batch, Mixture
 from infini_llama.scripts.training_options import FREE_ON_RESUME, TrainingOptions, parse_options
 from infini_llama.timeline_infini import Timeline
@@ -196,6 +196,8 @@ class Training:
         if options.has_adapter:
             model = add_adapter(model, options)
         self.infini_model = model.get_base_model() if options.has_adapter else model
+        if options.torch_compile:
+            compile_layers(self.infini_model)
         optimizer = torch.optim.AdamW(
             model.parameter_groups(
                 options.learning_rate, options.weight_decay, gate_learning_rate=options.gate_learning_rate

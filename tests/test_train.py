@@ -611,6 +611,24 @@ def test_a_passed_state_grows_every_so_many_steps_to_the_largest_size_and_again(
     assert min(map(octaves.count, set(octaves))) > 0.1 * len(octaves)
 
 
+def test_compiled_layers_train_the_same(training, texts, book, monkeypatch):
+    """On books and packed texts, with memories that are passed on, and without a graph for each of their layouts."""
+    options = {"data": [book, texts], "state_passing": 0.5, "sequence_length": [3 * N], "batch_tokens": 6 * N}
+    run, graphs, compile = training(**options), [], torch.nn.Module.compile
+    losses = [run.train_step()["loss"] for _ in range(14)]
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile(layer, backend=backend))
+    torch.compiler.reset()
+    run = training(torch_compile=True, **options)
+    assert [run.train_step()["loss"] for _ in losses] == pytest.approx(losses, rel=1e-4)
+    torch.compiler.reset()
+    assert 0 < len(graphs) < 14
+
+
 def test_the_scale_of_passed_states_rises_while_the_loss_is_low(training, book):
     """By a quarter each time that the window is full, once sequences have their last length, up to the one asked for."""
     run = training(
