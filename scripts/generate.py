@@ -44,6 +44,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch._functorch import config as functorch_config
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -246,6 +247,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     # Of one function there are many: without and with gradients, with a memory and none, for the lengths that are met. At
     # the default of 8 torch gives up.
     torch._dynamo.config.recompile_limit = 64
+    # Else a compiled backward pass under autocast is all in bfloat16, also what a forward pass kept in float32, as the memory.
+    functorch_config.backward_pass_autocast = "off"
     for layer in model.base_model.layers:
         layer.compile()
 

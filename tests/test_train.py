@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts import train
+from infini_llama.scripts.generate import compile_layers
 from infini_llama.scripts.retrieval_tasks import FILLER, INTRO
 from infini_llama.scripts.train import Training
 from infini_llama.scripts.training_options import TrainingOptions, parse_options
@@ -627,6 +628,26 @@ def test_compiled_layers_train_the_same(training, texts, book, monkeypatch):
     assert [run.train_step()["loss"] for _ in losses] == pytest.approx(losses, rel=1e-4)
     torch.compiler.reset()
     assert 0 < len(graphs) < 14
+
+
+def test_gradients_of_compiled_layers_are_not_rounded_by_autocast(monkeypatch):
+    """torch would compute them in bfloat16, also of the memory, which is in float32 because `least_squares` needs it."""
+    model, compile = tiny_model(memory_update="least_squares"), torch.nn.Module.compile
+    text = torch.randint(3, 30, (1, 3)).repeat(1, 4 * N)  # a text that repeats itself has keys in few directions
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(text, labels=text).loss
+        loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    expected = gradient()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile(layer, backend="aot_eager"))
+    torch.compiler.reset()
+    compile_layers(model)
+    assert (gradient() - expected).norm() < 0.01 * expected.norm()
+    torch.compiler.reset()
 
 
 def test_the_scale_of_passed_states_rises_while_the_loss_is_low(training, book):
