@@ -253,7 +253,7 @@ def prefill_activation_bytes(config: InfiniLlamaConfig, tokens: int, itemsize: i
     # stacked. `least_squares` commits them all at once: C and A side by side before and after, what they are multiplied by.
     wide, per_segment = {"linear": (2, 3), "delta": (3, 4), "least_squares": (3, 6.5)}[config.memory_update]
     write = STATE_ITEMSIZE * keys * wide * tokens + round(segments * matrices * per_segment)
-    # sigma(Q), A_mem, (1 - g) A_local and their sum.
+    # sigma(Q), g A_mem, A_local in float32, and their mix.
     read = STATE_ITEMSIZE * 4 * queries * tokens + segments * matrices
     return max(tokens * mlp, tokens * attention + max(write, read))
 
@@ -269,14 +269,15 @@ def layer_saved_bytes(config: InfiniLlamaConfig, tokens: int, itemsize: int, *, 
     if not full:
         attention += itemsize * D * H  # in the order of the tokens, it is another tensor than in that of the segments
     if not full and config.memory_update != "none":
-        attention += STATE_ITEMSIZE * D * (2 * H + 2 * K)  # sigma(Q), it normalised; sigma(K), values
+        attention += STATE_ITEMSIZE * D * (2 * H + 2 * K)  # sigma(Q), what it reads; sigma(K), values
+        attention += STATE_ITEMSIZE * D * H * (itemsize < STATE_ITEMSIZE)  # A_local in float32
         attention += 13 * H  # denominators
         per_segment = layer_memory_bytes(config)  # the memory at its start
         if config.memory_update == "delta":
             attention += STATE_ITEMSIZE * D * K + 9 * K  # what the keys read with, and denominators
             per_segment *= 3  # the map A, and M once more where it is multiplied by A
         if config.memory_update == "least_squares":
-            attention += STATE_ITEMSIZE * D * (H + K) - 4 * H  # unit queries and keys beside those of sigma
+            attention += STATE_ITEMSIZE * D * K  # unit keys beside those of sigma
             # That, and what it is committed with: C and A before, between and after four products, (K^T K + r)^-1, F, K^T K.
             per_segment = per_segment * 15 // 2
     mlp = itemsize * 4 * F
