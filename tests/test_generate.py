@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import base_llama, random_ids, tiny_model
+from tiny import base_llama, random_ids, rounding, tiny_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -23,7 +23,6 @@ NEW_TOKENS = 2 * N + 3
 # One before, at, one after and two times the end of a segment, and the shortest prompt there is.
 LENGTHS = [1, N - 1, N, N + 1, 2 * N]
 # Another order of sums, in float32, on logits of about 1; the best two tokens are further apart.
-ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @torch.no_grad()
@@ -157,7 +156,7 @@ def test_sampling_draws_from_the_logits_of_full_forwards(rule: str) -> None:
     assert torch.equal(output.sequences, sample(1).sequences)
     assert not torch.equal(output.sequences, sample(2).sequences)
     expected = step_logits(model, output.sequences, 8)
-    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, **ROUNDING)
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, **rounding(rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
