@@ -9,8 +9,8 @@
     python scripts/benchmark.py --plan MODEL --length 1000000 10000000 --devices 8
 
 Tasks
-    prefill   our model on S segments of one text, against the floor: the base Llama on the same segments as a batch of
-              independent texts; and against full attention: the base Llama on the whole text, up to --full-limit tokens. Same
+    prefill   our model on S segments of one text, against two floors: the base Llama on the same segments as one batch of
+              independent texts, and as batches of as many segments as our blocks have; and against full attention: the base Llama on the whole text, up to --full-limit tokens. Same
               weights, same run, in turn; ratios are of medians. With --long-length, one text of that many tokens as well,
               window after window through one cache, in turn with texts of one window.
     decode    time per token after contexts of several lengths, at the same place in the segment, in turn; and of the tokens
@@ -191,17 +191,25 @@ HEADER = f"{'segments':>8} {'rule':>7} {'ours s':>9} {'tokens/s':>9} {'floor s':
 def bench_prefill(
     ours, base, segments: list[int], rules: list[str], repeats: int, device: str, full_limit: int
 ) -> list[dict[str, Any]]:
-    length = ours.config.segment_length
+    length, block = ours.config.segment_length, ours.config.block_length
 
     def read(rule: str, ids: torch.Tensor) -> None:
         ours.config.memory_update = rule
         ours(ids, logits_to_keep=1)
 
+    def read_texts(*batches: torch.Tensor) -> None:
+        for texts in batches:
+            base(texts, use_cache=False, logits_to_keep=1)
+
     rows = []
-    say(f"{HEADER} {'full s':>9} {'full/ours':>11}  pairs min..max")
+    say(f"{HEADER}  {'in blocks':>8} {'ours/that':>11}  pairs min..max {'full s':>9} {'full/ours':>11}  pairs min..max")
     for count in segments:
         ids = torch.randint(ours.config.vocab_size, (1, count * length), device=device)
-        calls = {"floor": partial(base, ids.view(count, length), use_cache=False, logits_to_keep=1)}
+        texts = ids.view(count, length)
+        calls = {
+            "floor": partial(read_texts, texts),
+            "floor in blocks": partial(read_texts, *texts.split(block // length)),
+        }
         calls |= {rule: partial(read, rule, ids) for rule in rules}
         if ids.numel() <= full_limit:
             calls["full"] = partial(base, ids, use_cache=False, logits_to_keep=1)
