@@ -10,9 +10,10 @@
 
 Tasks
     prefill   our model on S segments of one text, against two floors: the base Llama on the same segments as one batch of
-              independent texts, and as batches of as many segments as our blocks have; and against full attention: the base Llama on the whole text, up to --full-limit tokens. Same
-              weights, same run, in turn; ratios are of medians. With --long-length, one text of that many tokens as well,
-              window after window through one cache, in turn with texts of one window.
+              independent texts, and as batches of as many segments as our blocks have; and against full attention: the base
+              Llama on the whole text, up to --full-limit tokens. Same weights, same run, in turn; ratios are of medians.
+              With --long-length, one text of that many tokens as well, window after window through one cache, in turn with
+              texts of one window.
     decode    time per token after contexts of several lengths, at the same place in the segment, in turn; and of the tokens
               that complete a segment; against the base Llama at the same local length, and against the floor: bytes of
               weights, state, keys and values over the bandwidth that a sum or a copy of a large tensor reaches in this run.
@@ -202,7 +203,9 @@ def bench_prefill(
             base(texts, use_cache=False, logits_to_keep=1)
 
     rows = []
-    say(f"{HEADER}  {'in blocks':>8} {'ours/that':>11}  pairs min..max {'full s':>9} {'full/ours':>11}  pairs min..max")
+    say(
+        f"{HEADER}  {'in blocks':>8} {'ours/that':>11}  pairs min..max {'full s':>9} {'full/ours':>11}  pairs min..max"
+    )
     for count in segments:
         ids = torch.randint(ours.config.vocab_size, (1, count * length), device=device)
         texts = ids.view(count, length)

@@ -107,7 +107,16 @@ def prefill_tables(rows: list[dict[str, Any]]) -> list[str]:
         ]
         for row in rows
     ]
-    names = ["tokens", "rule", "ours, s", "tokens/s", "ours / floor", "ours / floor in our blocks", "full, s", "full / ours"]
+    names = [
+        "tokens",
+        "rule",
+        "ours, s",
+        "tokens/s",
+        "ours / floor",
+        "ours / floor in our blocks",
+        "full, s",
+        "full / ours",
+    ]
     return [table(names, lines)]
 
 
