@@ -161,7 +161,7 @@ class TrainingOptions:
             raise InputError(f"`detach_segments` is {self.detach_segments}: give at least 1, or leave it out")
 
 
-# Options that may be another when a run is resumed: they change no step.
+# Options that may be another when a run is resumed: they change no step (`torch_compile` its rounding).
 FREE_ON_RESUME = ("output", "resume", "logging_steps", "report_to", "save_steps", "save_total_limit", "torch_compile")
 FREE_ON_RESUME += ("eval_data", "eval_length", "eval_sequences", "eval_steps")
 

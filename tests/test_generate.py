@@ -22,7 +22,6 @@ N = 5  # the segment length of the tiny model
 NEW_TOKENS = 2 * N + 3
 # One before, at, one after and two times the end of a segment, and the shortest prompt there is.
 LENGTHS = [1, N - 1, N, N + 1, 2 * N]
-# Another order of sums, in float32, on logits of about 1; the best two tokens are further apart.
 
 
 @torch.no_grad()
