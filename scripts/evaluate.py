@@ -89,6 +89,7 @@ from infini_llama.scripts.generate import (
     DTYPES,
     InputError,
     choose_chat,
+    compile_layers,
     default_device,
     find_files,
     load_model,
@@ -266,6 +267,9 @@ class Evaluation:
             self.base, tokenizer = load(args.base, args, segment_length=self.segment_length, memory_update="none")
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
                 raise InputError(f"--base '{args.base}' has another tokenizer than '{args.model}': name its own base")
+        if args.compile:
+            for reader in filter(None, (self.reader, self.base)):
+                compile_layers(reader.model)
         self.stories = stories
         self.chat = "summarise" in args.tasks and choose_chat(self.tokenizer, args.chat)
         self.results = Results(Path(args.output) / "results.json", self.settings(), self.description(command))
@@ -587,6 +591,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-update", choices=("delta", "linear", "least_squares", "none"), help="instead of the model's own"
     )
     parser.add_argument("--block-segments", type=positive, help="segments at a time: time and memory, not results")
+    parser.add_argument("--compile", action="store_true", help="decoder layers by torch.compile: for long texts")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as stored (default: %(default)s)")
     parser.add_argument("--device", default=default_device(), help="a torch device (default here: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")

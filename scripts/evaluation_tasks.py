@@ -202,6 +202,7 @@ def hide(
     """Draw questions of a retrieval task, whose prompts have one length.
 
     Args:
+        task: with one question to a sample.
         haystack: of the task.
         rngs: one for each question; the same states give the same questions.
         length: tokens of a prompt and the longest answer. So where a length is whole segments, as in training, no answer
@@ -209,8 +210,8 @@ def hide(
         depth: where in the haystack the needle is, from 0 to 1, to the next end of a sentence; other needles are anywhere.
     """
     draws, questions = [task.draw(rng) for rng in rngs], []
-    longest = max(len(answer) for _, _, answer in draws)
-    for rng, (needles, question, answer) in zip(rngs, draws):
+    longest = max(len(answer) for _, (_, answer) in draws)
+    for rng, (needles, (question, answer)) in zip(rngs, draws):
         room = length - longest - len(haystack.intro) - sum(map(len, needles)) - len(question)
         if room < 0:
             needed = length - room

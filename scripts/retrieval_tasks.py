@@ -17,6 +17,7 @@ tokens takes milliseconds. Needles stand between two sentences of the haystack, 
 """
 
 import bisect
+import itertools
 import random
 import uuid
 from collections.abc import Sequence
@@ -62,11 +63,16 @@ NOUNS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence of a task: its tokens, and where answer and (asked) needle are in them."""
+    """A sequence of a task: its tokens, and where answer and (asked) needle are in them.
+
+    Attributes:
+        earlier: the answers to other questions, which come before this one.
+    """
 
     ids: list[int]
     answer: slice
     needle: slice
+    earlier: tuple[slice, ...] = ()
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -96,8 +102,8 @@ class RetrievalTask:
         # Ascending places in the haystack at which a needle may be put.
         self.cuts: list[int] = []
 
-    def draw(self, rng: random.Random) -> tuple[list[list[int]], list[int], list[int]]:
-        """Return tokens: the needles, of which the first is asked for, the question and the answer."""
+    def draw(self, rng: random.Random) -> tuple[list[list[int]], list[list[int]]]:
+        """Return tokens: the needles, of which the first is asked for, and questions and answers by turns, its own last."""
         raise NotImplementedError
 
     def sample(
@@ -114,7 +120,8 @@ class RetrievalTask:
         """
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth is {depth}: give a number from 0 (start) to 1 (end), or None to draw it")
-        (asked, *others), question, answer = self.draw(rng)
+        (asked, *others), turns = self.draw(rng)
+        question, answer = list(itertools.chain(*turns[:-1])), turns[-1]
         intro = [] if continued else self.intro
         needed = len(intro) + len(asked) + sum(map(len, others)) + len(question) + len(answer)
         if length < needed:
@@ -155,8 +162,10 @@ class RetrievalTask:
             position = cut
         ids += self.window(offset + position, room - position) + question + answer
         assert len(ids) == length
+        ends = [length - len(question) - len(answer) + end for end in itertools.accumulate(map(len, turns))]
+        *earlier, answer = (slice(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True))
         start = starts[chosen]
-        return Sample(ids, slice(length - len(answer), length), slice(start, start + len(asked)))
+        return Sample(ids, answer, slice(start, start + len(asked)), tuple(earlier))
 
     def filler(self, rng: random.Random, length: int, start: bool) -> list[int]:
         """Return `length` tokens of haystack, after the intro if they start a text."""
@@ -217,7 +226,7 @@ class Passkey(RetrievalTask):
         needle = f" The pass key is {key}. Remember it. {key} is the pass key."
         parts = (needle, " What is the pass key? The pass key is", f" {key}.")
         needle, question, answer = (inner_ids(self.tokenizer, part) for part in parts)
-        return [needle], question, answer
+        return [needle], [question, answer]
 
 
 class Needle(RetrievalTask):
@@ -227,7 +236,8 @@ class Needle(RetrievalTask):
         haystack: the prose, as tokens or as a text; without it, the sentences of `Passkey`. Each sample begins at
             another of its sentences.
         values: `"numbers"` (seven digits), `"words"` or `"uuids"`.
-        num_needles: values in a sample, each under a key of its own; one of them is asked for.
+        num_needles: values in a sample, each under a key of its own.
+        num_questions: how many of them are asked for, one after another: more to learn from a long text.
         segment_length, outside_last_segment: see `RetrievalTask`.
     """
 
@@ -238,6 +248,7 @@ class Needle(RetrievalTask):
         haystack: Sequence[int] | str | None = None,
         values: str = "numbers",
         num_needles: int = 1,
+        num_questions: int = 1,
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
     ):
@@ -246,7 +257,10 @@ class Needle(RetrievalTask):
             raise ValueError(f"values is {values!r}: choose one of {', '.join(VALUES)}")
         if not 1 <= num_needles <= len(ADJECTIVES) * len(NOUNS):
             raise ValueError(f"num_needles is {num_needles}: give 1 to {len(ADJECTIVES) * len(NOUNS)}")
-        self.tokenizer, self.values, self.num_needles = tokenizer, values, num_needles
+        if not 1 <= num_questions <= num_needles:
+            raise ValueError(f"num_questions is {num_questions}: give 1 to num_needles, which is {num_needles}")
+        self.tokenizer, self.values = tokenizer, values
+        self.num_needles, self.num_questions = num_needles, num_questions
         noun = f"special magic {values if num_needles > 1 else values.removesuffix('s')}"
         hidden = f"Some {noun} are hidden" if num_needles > 1 else f"A {noun} is hidden"
         quiz = f"Make sure to memorize it. I will quiz you about the {noun.removeprefix('special magic ')} afterwards."
@@ -264,12 +278,12 @@ class Needle(RetrievalTask):
         keys = draw_words(rng, self.num_needles)
         values = [self.draw_value(rng) for _ in keys]
         needles = [f" One of the special magic {self.values} for {k} is: {v}." for k, v in zip(keys, values)]
-        described = f"{self.noun} for {keys[0]} mentioned in the provided text"
-        question = f" What is the {described}? The {described} is"
-        *needles, question, answer = (
-            inner_ids(self.tokenizer, part) for part in (*needles, question, f" {values[0]}.")
-        )
-        return needles, question, answer
+        turns = []
+        for key, value in list(zip(keys, values))[: self.num_questions][::-1]:
+            described = f"{self.noun} for {key} mentioned in the provided text"
+            turns += [f" What is the {described}? The {described} is", f" {value}."]
+        needles, turns = ([inner_ids(self.tokenizer, part) for part in parts] for parts in (needles, turns))
+        return needles, turns
 
     def draw_value(self, rng: random.Random) -> str:
         if self.values == "numbers":
@@ -411,7 +425,7 @@ class Copy(RetrievalTask):
 
     def draw(self, rng):
         content = rng.choices(self.content, k=self.num_tokens)
-        return [content], [self.cue], content
+        return [content], [[self.cue], content]
 
 
 TASKS = {"passkey": Passkey, "needle": Needle, "babilong": Babilong, "copy": Copy}

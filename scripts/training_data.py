@@ -430,9 +430,11 @@ class _Task:
         sample = self.task.sample(random.Random(f"{self.seed}/rows/{self.samples}"), length, continued=continued)
         self.samples += 1
         ids, positions = torch.tensor(sample.ids), torch.arange(length)
-        answer_tokens = sample.answer.stop - sample.answer.start
+        answers = [sample.answer, *sample.earlier]
+        answer_tokens = sum(answer.stop - answer.start for answer in answers)
         weights = torch.full((length,), self.context_loss / max(length - 1 - answer_tokens, 1))
-        weights[sample.answer] = 1 / answer_tokens
+        for answer in answers:
+            weights[answer] = 1 / answer_tokens
         weights[0] = 0
         return ids, positions, ids.where(weights > 0, NO_TARGET), weights
 

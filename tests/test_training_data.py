@@ -113,7 +113,7 @@ def test_a_sample_is_whole_and_has_the_length_asked_for(name, length, depth, con
     """Exactly `length` tokens, the answer last, and the needle uncut, with the answer in it."""
     task = make_task(name)
     rng = random.Random(seed)
-    (needle, *_), question, answer = task.draw(random.Random(seed))
+    (needle, *_), (question, answer) = task.draw(random.Random(seed))
     sample = task.sample(rng, length, depth=depth, continued=continued)
     assert len(sample.ids) == length == sample.answer.stop
     assert sample.ids[sample.answer] == answer
@@ -125,7 +125,7 @@ def test_a_sample_is_whole_and_has_the_length_asked_for(name, length, depth, con
 
 def test_the_passkey_reads_as_in_the_paper():
     task = make_task("passkey")
-    parts = map(len, (task.intro, *task.draw(random.Random(5))[0], *task.draw(random.Random(5))[1:]))
+    parts = map(len, (task.intro, *itertools.chain(*task.draw(random.Random(5)))))
     sample = task.sample(random.Random(5), sum(parts) + 3 * len(task.haystack), depth=0.34)
     text = TEXT.decode(sample.ids)
     key = TEXT.decode(sample.ids[sample.answer]).strip(" .")
@@ -163,7 +163,7 @@ def test_parts_are_the_tokens_of_the_whole_text():
     """Tokenised by themselves, they give what the tokenizer makes of the text, whatever it does to first words."""
     for tokenizer in (TEXT, text_tokenizer(begin=True), sentencepiece_tokenizer()):
         task = Passkey(tokenizer, digits=1)
-        (needle,), question, answer = task.draw(random.Random(0))
+        (needle,), (question, answer) = task.draw(random.Random(0))
         length = len(task.intro + needle + question + answer) + 2 * len(task.haystack)
         sample = task.sample(random.Random(0), length, depth=0.5)
         text = tokenizer.decode(sample.ids, skip_special_tokens=True)
@@ -176,7 +176,7 @@ def test_needles_stand_between_sentences_at_the_depth_asked_for(name):
     stops = {TEXT.convert_tokens_to_ids(stop) for stop in ".!?"}
     for depth in (0, 0.1, 0.25, 0.5, 0.9, 1):
         sample = task.sample(random.Random(1), 1024, depth=depth)
-        _, question, answer = task.draw(random.Random(1))
+        _, (question, answer) = task.draw(random.Random(1))
         size = sample.needle.stop - sample.needle.start
         room = 1024 - len(task.intro) - len(question) - len(answer) - size
         place = sample.needle.start - len(task.intro)
@@ -223,6 +223,19 @@ def test_other_needles_have_other_keys():
         key = question.partition(" for ")[2].partition(" mentioned")[0]
         assert TEXT.decode(sample.ids[sample.answer]) == f" {pairs[key]}."
         assert f"for {key} is: {pairs[key]}." in TEXT.decode(sample.ids[sample.needle])
+
+
+def test_several_questions_are_asked_one_after_another():
+    """Each of another needle, and answered rightly; that of the needle which is asked for is the last one."""
+    task = Needle(TEXT, haystack=PROSE, num_needles=4, num_questions=3)
+    sample = task.sample(random.Random(0), 1500)
+    head, *asked = TEXT.decode(sample.ids).split(" What is the special magic number for ")
+    pairs = dict(part.partition(".")[0].split(" is: ") for part in head.split("special magic numbers for ")[1:])
+    answers = [TEXT.decode(sample.ids[answer]) for answer in (*sample.earlier, sample.answer)]
+    keys = [part.partition(" mentioned")[0] for part in asked]
+    assert answers == [f" {pairs[key]}." for key in keys] and len(set(keys)) == 3 < len(pairs)
+    assert all(part.endswith(answer) for part, answer in zip(asked, answers))
+    assert f"for {keys[-1]} is:" in TEXT.decode(sample.ids[sample.needle])
 
 
 def test_a_continued_sample_has_no_intro():
@@ -277,6 +290,7 @@ def test_copy_uses_no_special_token_of_a_tokenizer():
         (lambda: Passkey(TEXT, outside_last_segment=2), "outside_last_segment is 2: give a probability"),
         (lambda: Needle(TEXT, values="colors"), "values is 'colors': choose one of numbers, words, uuids"),
         (lambda: Needle(TEXT, num_needles=0), "num_needles is 0: give 1 to"),
+        (lambda: Needle(TEXT, num_needles=2, num_questions=3), "num_questions is 3: give 1 to num_needles"),
         (lambda: Needle(TEXT, haystack=[]), "haystack is empty: give prose"),
         (lambda: Copy(), "tokenizer and vocab_size are missing: give one"),
         (lambda: Copy(vocab_size=2), "vocab_size is 2: .* at least 3"),
@@ -434,6 +448,17 @@ def test_the_answer_of_a_task_counts_one_and_its_context_what_was_asked_for(cont
     torch.testing.assert_close(weights[:, -answer:], torch.full((2, answer), 1 / answer))
     torch.testing.assert_close(weights.sum(1), torch.full((2,), 1.0 + context_loss))
     assert not weights[~is_target].any() and weights[:, 1:-answer].unique().numel() == 1
+
+
+def test_several_answers_share_what_one_would_count(tmp_path):
+    """Their tokens count the same, and what is between them is no target."""
+    prose = str(write_jsonl(tmp_path / "prose.jsonl", [{"text": PROSE}]))
+    spec = {"task": "needle", "haystack": prose, "num_needles": 3, "num_questions": 2, "context_loss": 0}
+    batch = Mixture([spec], TEXT, SEGMENT, 0).next(1, 16 * SEGMENT)
+    tokens = 2 * (7 + 2)  # a space, seven digits, a full stop
+    targets = (batch.labels[0] != -100).nonzero().flatten()
+    assert len(targets) == tokens and int(targets.diff().max()) > 1
+    torch.testing.assert_close(batch.loss_weights[0, targets], torch.full((tokens,), 1 / tokens))
 
 
 def test_sources_are_drawn_by_their_weights(tmp_path):
