@@ -269,7 +269,10 @@ class Evaluation:
                 raise InputError(f"--base '{args.base}' has another tokenizer than '{args.model}': name its own base")
         if args.compile:
             for reader in filter(None, (self.reader, self.base)):
-                compile_layers(reader.model)
+                if hasattr(reader.model.base_model, "layers"):
+                    compile_layers(reader.model)
+                else:
+                    say(f"warning: --compile has no effect on a {type(reader.model).__name__}")
         self.stories = stories
         self.chat = "summarise" in args.tasks and choose_chat(self.tokenizer, args.chat)
         self.results = Results(Path(args.output) / "results.json", self.settings(), self.description(command))

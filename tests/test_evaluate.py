@@ -671,6 +671,17 @@ def test_a_plain_llama_is_measured_on_the_same_tasks(run, folders, book):
     assert "is no InfiniLlama" in run("--tasks", "gates", model=folders.base, output="other", code=2)
 
 
+def test_layers_are_compiled_on_request(run, folders, monkeypatch):
+    """Those of the base model too. Results are of the same settings, and are gone on with."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compiled.append(layer))
+    options = ("--tasks", "passkey", "--lengths", "600", "--samples", "1", "--base", str(folders.base))
+    for added, expected in (((), 0), (("--compile", "--depths", "0.25"), 4)):
+        report = run(*options, *added)
+        assert len(compiled) == expected
+    assert len(report["cells"]) == 4
+
+
 def test_a_killed_run_goes_on(run, tmp_path, monkeypatch):
     """What is finished is kept and not measured again; in the end all is as if the run had not been killed."""
     whole = run(*PASSKEY, output="whole")
