@@ -79,8 +79,16 @@ def tolerance(base: LlamaForCausalLM, ids: torch.Tensor) -> float:
 @pytest.mark.parametrize("length", [1, N - 1, N])
 @torch.no_grad()
 def test_up_to_a_segment_it_is_smollm2_to_the_last_bit(model, base, ids, length: int) -> None:
-    """Base model: the largest difference of a logit is exactly 0."""
-    assert torch.equal(model(ids[:, :length]).logits, base(ids[:, :length]).logits)
+    """Base model: weights are the same to the last bit, and with the same tensors the largest difference of a logit is 0.
+
+    Equal tensors are not enough: how they lie in memory decides, on some machines, which kernel multiplies one token.
+    """
+    weights = {name: x for name, x in model.state_dict().items() if "memory_gate" not in name}
+    assert weights.keys() == base.state_dict().keys()
+    assert all(torch.equal(x, weights[name]) for name, x in base.state_dict().items())
+    llama = LlamaForCausalLM(base.config).eval()
+    llama.load_state_dict(weights, assign=True)
+    assert torch.equal(model(ids[:, :length]).logits, llama(ids[:, :length]).logits)
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
