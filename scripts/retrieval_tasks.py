@@ -7,7 +7,7 @@
 | task | hidden | text | after |
 | --- | --- | --- | --- |
 | `passkey` | a number of five digits | five short sentences, repeated | Infini-attention, arXiv 2404.07143, appendix B |
-| `needle` | numbers, words or uuids under keys, one of them asked | prose, or as for passkey | RULER's NIAH tasks, arXiv 2404.06654 |
+| `needle` | numbers, words or uuids under keys, one or more of them asked | prose, or as for passkey | RULER's NIAH tasks, arXiv 2404.06654 |
 | `babilong` | the facts of a bAbI story | prose | BABILong, arXiv 2406.10149 |
 | `copy` | random tokens | one token, repeated | for tiny models, which need no tokenizer |
 
