@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_infini import LAYER_TYPE, InfiniLlamaConfig
-from .memory_infini import MemoryState, commit, float_rows, scan, sigma, step, write
+from .memory_infini import MemoryState, commit, float_rows, scan, sigma, write
 from .timeline_infini import Layout, Timeline, gather_tokens
 
 __all__ = ["InfiniCache", "InfiniCacheLayer", "projection_fingerprint"]
@@ -31,6 +31,8 @@ STATE = (
     "pending.matrix",
     "pending.normalizer",
 )
+# Decoded tokens whose writes wait: what one write of them all saves grows no further, and what they hold stays small.
+MAX_WAITING = 64
 
 
 class InfiniCacheLayer(CacheLayerMixin):
@@ -39,8 +41,7 @@ class InfiniCacheLayer(CacheLayerMixin):
     Attributes:
         memory: of all completed segments; (B, K, D, D) and the normalizer, float32. None before the first token.
         pending: what the tokens of the open segment add up to, to be committed to the memory once the segment is full, in
-            the same shapes. Keeping it makes every token cost the same, and spares a copy of the keys without rotary
-            positions.
+            the same shapes. It spares a copy of the keys without rotary positions. Decoded tokens are added when it is asked for.
         keys, values: (B, K, capacity, D) in the model's dtype, the open segment for local attention, keys with rotary
             positions. The first `timeline.filled[row]` slots of a row are in use. None while no segment is open.
         timeline: where the rows stand, the same object in all layers.
@@ -58,6 +59,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.keys = self.values = self.memory = self.pending = None
         self.timeline: Timeline | None = None
         self.written_with: tuple[int, str] | None = None
@@ -68,6 +70,20 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.device = key_states.device
         self.timeline = Timeline.start(key_states.shape[0])
         self.is_initialized = True
+
+    @property
+    def pending(self) -> MemoryState | None:
+        """What the open segment adds to the memory, see above; the tokens that wait are written first."""
+        if self._waiting:
+            keys, values = (torch.cat(x, dim=2) for x in zip(*self._waiting))
+            self._waiting = []
+            with torch.no_grad():
+                self._pending = self._pending.add(write(self.written_with[1], sigma(keys), values, self.memory))
+        return self._pending
+
+    @pending.setter
+    def pending(self, state: MemoryState | None) -> None:
+        self._waiting, self._pending = [], state
 
     # What a forward call does, in this order: local keys and values, then the memory.
 
@@ -88,7 +104,9 @@ class InfiniCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
             # What was written in inference mode cannot be changed, or used for gradients, outside of it.
-            self._map_tensors(lambda x: x.clone() if x.is_inference() else x)
+            held = (self.keys, self.values, *(self.memory or ()), *(self._pending or ()))
+            if any(x is not None and x.is_inference() for x in held):
+                self._map_tensors(lambda x: x.clone() if x.is_inference() else x)
         self.timeline = layout.after
         self.written_with = (layout.segment_length, layout.memory_update)
         if layout.num_segments > 0:
@@ -146,12 +164,18 @@ class InfiniCacheLayer(CacheLayerMixin):
         Returns:
             A state of (B, K, ...) for a layout within segments, (B * S, K, ...) for one across.
         """
-        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)  # (B, T, K, D)
         if self.memory is None:
             self.memory = self.pending = MemoryState.zeros(layout.memory_update, keys, values)
         rule, start = layout.memory_update, self.memory
         if layout.num_segments == 0:
-            sigma_k = sigma(keys)  # (B, T, K, D)
+            is_plain = layout.valid is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if key_states.shape[2] == 1 and is_plain:
+                self._waiting.append((key_states, value_states))
+                if layout.completes is not None or len(self._waiting) == MAX_WAITING:
+                    self._go_on(self.pending, layout)
+                return start
+            sigma_k = sigma(keys)
             if layout.valid is not None:
                 sigma_k = sigma_k * layout.valid[:, :, None, None]  # sigma(0) is 1: padding must be taken out after it
             self._go_on(self.pending.add(write(rule, sigma_k.transpose(1, 2), value_states, start)), layout)
@@ -173,36 +197,6 @@ class InfiniCacheLayer(CacheLayerMixin):
             relay=layout.relay,
         )
         return starts.map(lambda x: x.flatten(0, 1))
-
-    def step(
-        self,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        local: torch.Tensor,
-        beta: torch.Tensor,
-        layout: Layout,
-    ) -> torch.Tensor:
-        """Write one token of each row, and mix what it reads into A_local, see `memory_infini.step`.
-
-        Args:
-            query_states: (B, K, G, D), without rotary positions.
-            key_states, value_states: (B, K, 1, D), as for `update_memory`.
-            local: (B, K, G, D).
-            beta: (K, G).
-            layout: within segments, of rows some of which have a memory.
-
-        Returns:
-            (B, K, G, D) float32.
-        """
-        sigma_x = sigma(torch.cat([key_states, query_states], dim=2))
-        if layout.valid is not None:
-            sigma_x[:, :, 0] *= layout.valid[:, :, None]  # sigma(0) is 1: padding must be taken out after it
-        if self.pending.matrix.requires_grad:  # the graph of an earlier call may need it
-            self.pending = self.pending.map(torch.clone)
-        output = step(layout.memory_update, sigma_x, value_states, local, beta, self.memory, self.pending)
-        self._go_on(self.pending, layout)
-        return output
 
     def _go_on(self, pending: MemoryState, layout: Layout) -> None:
         """The open segments have added `pending` so far; take it into the memory of the rows whose segment is full."""
@@ -247,7 +241,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         for name in ("keys", "values"):
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
-        for name in ("memory", "pending"):
+        for name in ("pending", "memory"):  # what waits is to be written with the memory as it is
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name).map(function))
 
@@ -323,7 +317,7 @@ class InfiniCache(Cache):
     ```
     """
 
-    FORMAT = "infini_llama.memory.v1"
+    FORMAT = "infini_llama.memory.v2"
 
     def __init__(self, config: InfiniLlamaConfig):
         super().__init__(layers=[InfiniCacheLayer() for _ in range(config.num_hidden_layers)])
@@ -383,8 +377,7 @@ class InfiniCache(Cache):
         }
         # As tensors, because numbers in the header would let the size of the file depend on them.
         timeline = first.timeline
-        tensors["timeline.rows"] = torch.tensor([timeline.positions, timeline.filled])
-        tensors["timeline.seen"] = torch.tensor([timeline.seen, timeline.has_memory])
+        tensors["timeline.seen"], tensors["timeline.rows"] = torch.tensor([timeline.seen]), torch.tensor(timeline[1:])
         metadata = {"format": self.FORMAT, "description": json.dumps(description)}
         metadata["checksum"] = _checksum(metadata["description"], tensors)
         temporary = f"{path}.{os.getpid()}.tmp"
@@ -430,9 +423,10 @@ class InfiniCache(Cache):
         _refuse_other_model(path, description, model)
 
         cache = cls(model.config)
-        positions, filled = (tuple(row) for row in tensors["timeline.rows"].tolist())
-        seen, has_memory = tensors["timeline.seen"].tolist()
-        timeline = Timeline(seen, positions, filled, bool(has_memory))
+        positions, filled, has_memory = tensors["timeline.rows"].tolist()
+        timeline = Timeline(
+            int(tensors["timeline.seen"]), tuple(positions), tuple(filled), tuple(map(bool, has_memory))
+        )
         for index, (layer, (k_proj, _)) in enumerate(zip(cache.layers, _projections(model))):
             layer.written_with = (description["segment_length"], description["memory_update"])
             layer.fingerprint = torch.tensor(description["fingerprint"][index])

@@ -23,9 +23,9 @@ __all__ = [
     "mix",
     "open_gate",
     "read",
+    "read_token",
     "scan",
     "sigma",
-    "step",
     "write",
 ]
 
@@ -297,50 +297,29 @@ def commit(rule: str, pending: MemoryState) -> MemoryState:
     return MemoryState(matrix, pending.normalizer)
 
 
-def step(
-    rule: str,
-    sigma_x: torch.Tensor,
-    values: torch.Tensor,
-    local: torch.Tensor,
-    beta: torch.Tensor,
-    memory: MemoryState,
-    pending: MemoryState,
+def read_token(
+    rule: str, sigma_q: torch.Tensor, local: torch.Tensor, beta: torch.Tensor, memory: MemoryState
 ) -> torch.Tensor:
-    """One more token of each row, without gradient: what `read`, `mix` and `write` do, in less than half the time.
+    """What `read` and `mix` do, for one token of each row, without gradient, where no memory is empty.
 
-    So little is computed for one token that the number of operations is what decoding pays for. Hence the key and the
-    queries of a head go through all of them together, and B and K are one dimension.
+    So little is computed for one token that the number of operations is what decoding pays for.
 
     Args:
         rule: a key of `WRITE_RULES`.
-        sigma_x: (B, K, 1 + G, D), sigma of the key and of the queries. The key is 0 in rows that are not to be written.
-        values: (B, K, 1, V) in any dtype.
+        sigma_q: (B, K, G, D).
         local: (B, K, G, V) in any dtype, A_local.
         beta: (K, G).
-        memory: the memory at the start of the segment.
-        pending: what the segment has added before this token. It is updated in place.
+        memory: of (B, K, ...).
 
     Returns:
         A (B, K, G, V) float32.
     """
-    batch_size, num_heads, num_rows, _ = sigma_x.shape
-    sigma_x = WRITE_RULES[rule].features(sigma_x.flatten(0, 1))
-    matrix, normalizer = memory.matrix.flatten(0, 1), memory.normalizer.flatten(0, 1)
-    bound = torch.bmm(sigma_x, matrix)
-    if normalizer.dim() == 2:  # z
-        denominator = torch.bmm(sigma_x, normalizer.unsqueeze(-1))  # (BK, 1 + G, 1)
-        is_positive = denominator > 0  # not so in an empty memory, and for a key that is not to be written
-        bound.div_(denominator.masked_fill_(~is_positive, 1))  # eq 7
-    else:  # K^T K
-        is_positive = normalizer.flatten(1).sum(-1).view(-1, 1, 1).expand(-1, num_rows, 1) > 0
-    is_written = is_positive.view(batch_size, num_heads, num_rows, 1)[:, :, 1:]
-    gate = torch.sigmoid(beta.to(bound.dtype)).unsqueeze(-1) * is_written
-    sigma_k, new_values = sigma_x[:, :1], values.reshape(-1, 1, values.shape[-1]).to(bound.dtype)
-    if rule != "linear":
-        new_values = new_values - bound[:, :1]
-    pending.matrix.flatten(0, 1).baddbmm_(sigma_k.mT, new_values)  # eq 8, eq 9
-    pending.normalizer.add_(WRITE_RULES[rule].normalizer(sigma_k).view_as(pending.normalizer))
-    return torch.lerp(local.to(bound.dtype), bound[:, 1:].view_as(local), gate)  # eq 10
+    sigma_q = WRITE_RULES[rule].features(sigma_q.flatten(0, 1))
+    bound = torch.bmm(sigma_q, memory.matrix.flatten(0, 1))
+    if memory.normalizer.dim() == 3:  # z
+        bound.div_(torch.bmm(sigma_q, memory.normalizer.view(-1, sigma_q.shape[-1], 1)))  # eq 7
+    gate = torch.sigmoid(beta.to(bound.dtype)).unsqueeze(-1)
+    return torch.lerp(local.to(bound.dtype), bound.view_as(local), gate)  # eq 10
 
 
 def scan(

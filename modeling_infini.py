@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
 from .configuration_infini import InfiniLlamaConfig
-from .memory_infini import MemoryState, mix, open_gate, read, sigma
+from .memory_infini import MemoryState, mix, open_gate, read, read_token, sigma
 from .parallel_infini import find_places, refuse_padding
 from .timeline_infini import Layout, Timeline, block_widths, plan
 
@@ -130,16 +130,12 @@ class InfiniLlamaAttention(LlamaAttention):
 
         has_memory = layout.memory_update != "none"
         if has_memory and (layout.reads or past_key_values is not None):
-            is_step = num_tokens == 1 and layout.num_segments == 0 and layout.reads and not torch.is_grad_enabled()
             device_type = hidden_states.device.type
             autocasts = torch.is_autocast_enabled(device_type)
             with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
-                if is_step:
-                    attn_output = self._step(attn_output, query_states, key_states, value_states, cache, layout)
-                else:
-                    memory = cache.update_memory(key_states, value_states, layout)
-                    if layout.reads:
-                        attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory, layout)
+                memory = cache.update_memory(key_states, value_states, layout)
+                if layout.reads:
+                    attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory, layout)
         if self.training and not (has_memory and layout.reads):
             # Data-parallel training waits for a gradient of every parameter, and short texts read nothing.
             attn_output = attn_output + 0.0 * self.memory_gate().sum().to(attn_output.dtype)
@@ -154,27 +150,17 @@ class InfiniLlamaAttention(LlamaAttention):
         self, attn_output: torch.Tensor, query_states: torch.Tensor, memory: MemoryState, layout: Layout
     ) -> torch.Tensor:
         """Equations 7 and 10 on (rows, slots, heads, head_dim); query head h reads the memory of KV head h // G."""
-        groups = (-1, self.num_key_value_groups)
-        gate = open_gate(self.memory_gate().unflatten(0, groups), memory)  # (rows, K, 1, G, 1)
+        rule, groups = layout.memory_update, (-1, self.num_key_value_groups)
+        beta = self.memory_gate().unflatten(0, groups)
+        if layout.all_read and query_states.shape[1] == 1 and not torch.is_grad_enabled():
+            sigma_q = sigma(query_states.view(len(query_states), *beta.shape, self.head_dim))
+            mixed = read_token(rule, sigma_q, attn_output.view(sigma_q.shape), beta, memory)
+            return mixed.view(attn_output.shape).to(attn_output.dtype)
+        gate = open_gate(beta, memory)  # (rows, K, 1, G, 1)
         sigma_q = sigma(query_states.unflatten(2, groups).transpose(1, 2))  # (rows, K, slots, G, head_dim)
-        gated_memory = read(layout.memory_update, sigma_q, memory, gate)
+        gated_memory = read(rule, sigma_q, memory, gate)
         mixed = mix(gate.transpose(1, 2), attn_output.unflatten(2, groups), gated_memory.transpose(1, 2))
         return mixed.to(attn_output.dtype).flatten(2, 3)
-
-    def _step(
-        self,
-        attn_output: torch.Tensor,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        cache: InfiniCacheLayer,
-        layout: Layout,
-    ) -> torch.Tensor:
-        """The same, and the write, for one token per row: attn_output and query_states (batch, 1, heads, head_dim)."""
-        shape = (attn_output.shape[0], -1, self.num_key_value_groups, self.head_dim)
-        beta = self.memory_gate().view(shape[1:3])
-        mixed = cache.step(query_states.view(shape), key_states, value_states, attn_output.view(shape), beta, layout)
-        return mixed.view_as(attn_output).to(attn_output.dtype)
 
 
 class InfiniLlamaDecoderLayer(LlamaDecoderLayer):

@@ -129,7 +129,7 @@ def find_places(
                 f"a segment of {segment_length} tokens. Cut where a segment or a document begins in all rows, as "
                 "`shard_sequence` does."
             )
-        starts.append(Timeline(seen, tuple(row_last.tolist()), (0,) * batch_size, has_memory=True))
+        starts.append(Timeline(seen, tuple(row_last.tolist()), (0,) * batch_size, (True,) * batch_size))
         keeps.append((row_first > row_last) & ~restarts[rank].bool())
         seen, row_last = seen + int(columns[rank, 0]), torch.where(going_on, row_last + columns[rank], last[rank])
     return starts[dist.get_rank(group)], Relay(group, torch.stack(keeps).to(device))

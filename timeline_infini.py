@@ -29,24 +29,22 @@ class Timeline(NamedTuple):
         seen: columns fed so far, padding included.
         positions: per row, the position of its last token, -1 before the first.
         filled: per row, tokens in its open segment.
-        has_memory: whether any row may have completed a segment.
+        has_memory: per row, whether it has completed a segment of its document.
     """
 
     seen: int
     positions: tuple[int, ...]
     filled: tuple[int, ...]
-    has_memory: bool
+    has_memory: tuple[bool, ...]
 
     @classmethod
     def start(cls, batch_size: int) -> "Timeline":
         """That of rows which have seen nothing yet."""
-        return cls(seen=0, positions=(-1,) * batch_size, filled=(0,) * batch_size, has_memory=False)
+        return cls(0, (-1,) * batch_size, (0,) * batch_size, (False,) * batch_size)
 
     def select(self, rows: Sequence[int]) -> "Timeline":
         """The timeline of a batch made of these rows."""
-        return self._replace(
-            positions=tuple(self.positions[row] for row in rows), filled=tuple(self.filled[row] for row in rows)
-        )
+        return Timeline(self.seen, *(tuple(of_rows[row] for row in rows) for of_rows in self[1:]))
 
     def is_aligned(self, segment_length: int) -> bool:
         """Whether all rows stand at the same slot, with no position left out of their open segments."""
@@ -65,6 +63,7 @@ class Layout:
         before, after: the timeline at the start and at the end of the block.
         rotary_positions: (B or 1, T), positions modulo N.
         reads: whether any token may have a memory to read.
+        all_read: whether every token has a memory to read, for a layout within.
         num_segments: S for a layout across segments, 0 for one within.
         query_slots: (B, T) or (BS, W), the slot of each query in its segment, where a mask must be made of it. None:
             queries fill the slots from `query_offset` on, the same in every row.
@@ -87,6 +86,7 @@ class Layout:
     after: Timeline
     rotary_positions: torch.Tensor
     reads: bool
+    all_read: bool = False
     num_segments: int = 0
     query_offset: int = 0
     query_slots: torch.Tensor | None = None
@@ -198,10 +198,11 @@ def _plan_aligned_within(timeline: Timeline, num_columns: int, common: dict) -> 
             seen=timeline.seen + num_columns,
             positions=tuple(position + num_columns for position in timeline.positions),
             filled=(0 if completes else filled + num_columns,) * batch_size,
-            has_memory=timeline.has_memory or completes,
+            has_memory=(True,) * batch_size if completes else timeline.has_memory,
         ),
         rotary_positions=torch.arange(filled, filled + num_columns)[None],
-        reads=timeline.has_memory,
+        reads=any(timeline.has_memory),
+        all_read=all(timeline.has_memory),
         query_offset=filled,
         key_width=filled + num_columns,
         completes=torch.ones(batch_size, dtype=torch.bool) if completes else None,
@@ -217,10 +218,10 @@ def _plan_aligned_across(timeline: Timeline, num_columns: int, common: dict) -> 
             seen=timeline.seen + num_columns,
             positions=tuple(position + num_columns for position in timeline.positions),
             filled=timeline.filled,
-            has_memory=True,
+            has_memory=(True,) * len(timeline.filled),
         ),
         rotary_positions=torch.arange(segment_length).repeat(num_segments)[None],
-        reads=timeline.has_memory or num_segments > 1,
+        reads=any(timeline.has_memory) or num_segments > 1,
         num_segments=num_segments,
         key_width=segment_length,
     )
@@ -270,22 +271,27 @@ def _plan_unaligned(
     # Where no row continues a segment, segment 0 is nobody's.
     first = 0 if F > 0 or not bool(valid.any()) else 1
     num_segments = int(last_segment.max()) + 1 - first
-    has_memory = timeline.has_memory or bool(is_full.any()) or num_segments > 1
+    # Of the segments since the last restart, or, where there is none, of all, the last one may be open.
+    restarts_at, has_restart = torch.where(restart, segment, 0).amax(1, keepdim=True), restart.any(1, keepdim=True)
+    first_segment = torch.where(has_restart, restarts_at, (filled == 0).long())
+    has_memory = torch.tensor(timeline.has_memory)[:, None] & ~has_restart
+    has_memory = has_memory | (last_segment + is_full > first_segment)
     common = common | {
         "after": Timeline(
             seen=timeline.seen + T,
             positions=tuple(row_last.flatten().tolist()),
             filled=tuple(filled_after.flatten().tolist()),
-            has_memory=has_memory,
+            has_memory=tuple(has_memory.flatten().tolist()),
         ),
         "rotary_positions": torch.where(valid, positions, 0) % N,
-        "reads": timeline.has_memory or num_segments > 1,
-        "valid": valid,
+        "reads": any(timeline.has_memory) or num_segments > 1,
+        "valid": None if bool(valid.all()) else valid,
     }
     if stays:
         rows, cols = valid.nonzero(as_tuple=True)
         return Layout(
             **common,
+            all_read=all(timeline.has_memory),
             query_slots=None if slots_are_columns else slot.clamp(min=0),
             key_width=T if slots_are_columns else max(int(slot.max()), 0) + 1,
             row_index=rows,

@@ -212,12 +212,12 @@ def decode_bytes(
         weights: bytes of weights, if they are not `parameters` times b.
 
     Returns:
-        Bytes of `weights` (of the embedding one row is read, unless the head is tied to it), `state` (memory and pending
-        are read, pending is written) and `keys_and_values`.
+        Bytes of `weights` (of the embedding one row is read, unless the head is tied to it), `state` (the memory
+        is read; what tokens write waits for one write of many) and `keys_and_values`.
     """
     untied = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * itemsize
     weights = parameters(config) * itemsize if weights is None else weights
-    state = 0 if full else 3 * state_bytes(config, 0, itemsize)["memory"]
+    state = 0 if full else state_bytes(config, 0, itemsize)["memory"]
     return {
         "weights": weights - untied,
         "state": state,

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, StaticCache
 
 from infini_llama import cache_infini
-from infini_llama.cache_infini import InfiniCache, InfiniCacheLayer
+from infini_llama.cache_infini import MAX_WAITING, InfiniCache, InfiniCacheLayer
 from infini_llama.memory_infini import MemoryState
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 
@@ -247,6 +247,25 @@ def test_rows_move_with_all_their_state(rule: str, lengths: tuple[int, ...], ope
     for i, row in enumerate(rows):
         alone = go_on(model, read(model, ids[row : row + 1, mask[row] == 1]), questions[i : i + 1])
         torch.testing.assert_close(logits[i : i + 1], alone, **rounding(rule))
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta", "least_squares"])
+def test_decoded_tokens_wait_to_be_written_and_are_in_time(rule: str) -> None:
+    """At most 64 of them, whatever happens meanwhile; and memory and logits are those of a text read in one call."""
+    model, ids = tiny_model(memory_update=rule, segment_length=100), random_ids(2, 330)
+    cache, logits = read(model, ids[:, :130]), []
+    for place in range(130, 330):
+        logits.append(go_on(model, cache, ids[:, place : place + 1]))
+        waiting = {len(layer._waiting) for layer in cache.layers}
+        assert waiting <= set(range(1 if place % 100 == 99 else MAX_WAITING))
+        if place == 250:
+            assert min(waiting) > 0
+            for _ in range(2):
+                cache.reorder_cache(torch.tensor([1, 0]))
+    whole = model(ids, use_cache=True)
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits[:, 130:].detach(), **rounding(rule))
+    for memory, expected in zip(cache, whole.past_key_values):
+        torch.testing.assert_close(memory, expected.map(torch.Tensor.detach), **rounding(rule))
 
 
 def test_nothing_can_be_cropped() -> None:

@@ -102,6 +102,9 @@ def assert_row_is_oracle(model, logits, cache, row, ids, positions=None) -> None
     torch.testing.assert_close(logits, expected.logits, **EXACT)
     torch.testing.assert_close(memory.matrix, expected.matrix, **EXACT)
     torch.testing.assert_close(memory.normalizer, expected.normalizer, **EXACT)
+    if model.config.memory_update != "none":
+        has_memory = [layer.timeline.has_memory[row] for layer in cache.layers]
+        assert has_memory == (memory.normalizer.flatten(1).sum(-1) > 0).tolist()
 
 
 @given(models(), st.integers(1, 30))

@@ -15,9 +15,9 @@ from infini_llama.memory_infini import (
     mix,
     open_gate,
     read,
+    read_token,
     scan,
     sigma,
-    step,
     write,
 )
 
@@ -202,26 +202,15 @@ def test_all_rules_add_up_inside_a_segment(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_read_mix_and_write(rule: str, dtype: torch.dtype) -> None:
-    """Also for a row with an empty memory, and for one whose token is padding."""
+def test_reading_for_a_token_is_read_and_mix(rule: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     B, K, G, D = 3, 2, 3, 8
-    sigma_q, sigma_k = sigma(torch.randn(B, K, 1, G, D)), sigma(torch.randn(B, K, 1, D))
-    sigma_k[1] = 0
-    values, local = torch.randn(B, K, 1, D, dtype=dtype), torch.randn(B, 1, K, G, D, dtype=dtype)
-    beta = torch.randn(K, G)
-    memory = random_memory(B, K, D, D, rule).map(torch.Tensor.float).masked(torch.tensor([True, True, False]))
-    pending = random_memory(B, K, D, D, rule).map(torch.Tensor.float)
-    expected_pending = pending.add(write(rule, sigma_k, values, memory))
+    sigma_q, local = sigma(torch.randn(B, K, 1, G, D)), torch.randn(B, 1, K, G, D, dtype=dtype)
+    beta, memory = torch.randn(K, G), random_memory(B, K, D, D, rule).map(torch.Tensor.float)
     gate = open_gate(beta, memory)
     expected = mix(gate.transpose(1, 2), local, read(rule, sigma_q, memory, gate).transpose(1, 2))
-    for rows in (slice(None), slice(0, 1), slice(1, 2), slice(2, 3)):
-        state, added = (MemoryState(*(x[rows].clone() for x in y)) for y in (memory, pending))
-        sigma_x = torch.cat([sigma_k, sigma_q.squeeze(2)], dim=2)[rows]
-        with torch.no_grad():
-            output = step(rule, sigma_x, values[rows], local[rows].squeeze(1), beta, state, added)
-        torch.testing.assert_close(output, expected[rows].squeeze(1))
-        torch.testing.assert_close(added, MemoryState(*(x[rows] for x in expected_pending)))
+    output = read_token(rule, sigma_q.squeeze(2), local.squeeze(1), beta, memory)
+    torch.testing.assert_close(output, expected.squeeze(1))
 
 
 def test_mix_is_equation_10_and_local_alone_while_empty() -> None:

@@ -88,4 +88,4 @@ def test_a_restart_empties_the_memory_of_its_row_alone(restart_at: int) -> None:
 
 def test_rows_can_be_selected_and_repeated() -> None:
     timeline = after([3, 4, 11])
-    assert timeline.select([2, 0, 0]) == Timeline(timeline.seen, (10, 2, 2), (1, 3, 3), True)
+    assert timeline.select([2, 0, 0]) == Timeline(timeline.seen, (10, 2, 2), (1, 3, 3), (True, False, False))
