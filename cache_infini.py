@@ -59,7 +59,7 @@ class InfiniCacheLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._waiting: list[tuple[torch.Tensor | None, ...]] = []
         self.keys = self.values = self.memory = self.pending = None
         self.timeline: Timeline | None = None
         self.written_with: tuple[int, str] | None = None
@@ -75,10 +75,10 @@ class InfiniCacheLayer(CacheLayerMixin):
     def pending(self) -> MemoryState | None:
         """What the open segment adds to the memory, see above; the tokens that wait are written first."""
         if self._waiting:
-            keys, values = (torch.cat(x, dim=2) for x in zip(*self._waiting))
-            self._waiting = []
+            keys, values, strength = (None if x[0] is None else torch.cat(x, dim=2) for x in zip(*self._waiting))
+            self._waiting, rule = [], self.written_with[1]
             with torch.no_grad():
-                self._pending = self._pending.add(write(self.written_with[1], sigma(keys), values, self.memory))
+                self._pending = self._pending.add(write(rule, sigma(keys), values, self.memory, strength))
         return self._pending
 
     @pending.setter
@@ -153,13 +153,20 @@ class InfiniCacheLayer(CacheLayerMixin):
             return segments.transpose(1, 2), None
         return segments.transpose(1, 2), gather_tokens(states, layout.open_index, batch_size).transpose(1, 2)
 
-    def update_memory(self, key_states: torch.Tensor, value_states: torch.Tensor, layout: Layout) -> MemoryState:
+    def update_memory(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layout: Layout,
+        strength: torch.Tensor | None = None,
+    ) -> MemoryState:
         """Write new tokens, and return what they may read: the memory at the start of each one's segment.
 
         Args:
             key_states: (B, K, T, D), without rotary positions.
             value_states: (B, K, T, D).
             layout: where the tokens go.
+            strength: (B, K, T, 1) float32, how much each token counts, from 0 to 1. None: 1.
 
         Returns:
             A state of (B, K, ...) for a layout within segments, (B * S, K, ...) for one across.
@@ -171,14 +178,14 @@ class InfiniCacheLayer(CacheLayerMixin):
         if layout.num_segments == 0:
             is_plain = layout.valid is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
             if key_states.shape[2] == 1 and is_plain:
-                self._waiting.append((key_states, value_states))
+                self._waiting.append((key_states, value_states, strength))
                 if layout.completes is not None or len(self._waiting) == MAX_WAITING:
                     self._go_on(self.pending, layout)
                 return start
             sigma_k = sigma(keys)
             if layout.valid is not None:
                 sigma_k = sigma_k * layout.valid[:, :, None, None]  # sigma(0) is 1: padding must be taken out after it
-            self._go_on(self.pending.add(write(rule, sigma_k.transpose(1, 2), value_states, start)), layout)
+            self._go_on(self.pending.add(write(rule, sigma_k.transpose(1, 2), value_states, start, strength)), layout)
             return start
 
         def to_segments(x: torch.Tensor) -> torch.Tensor:
@@ -195,6 +202,7 @@ class InfiniCacheLayer(CacheLayerMixin):
             restarts=layout.restarts,
             completes=layout.completes,
             relay=layout.relay,
+            strength=None if strength is None else to_segments(strength.transpose(1, 2)),
         )
         return starts.map(lambda x: x.flatten(0, 1))
 

@@ -44,6 +44,9 @@ class InfiniLlamaConfig(LlamaConfig):
             Initial beta of equation 10, one per query head. `sigmoid(beta)` is the share of the memory in the output
             of a head. At -3.0 it is 5 %, with which a converted, untrained model still writes sensible text beyond a
             segment; 0.0 gives both sides half, from which gates have the shortest way to go in training.
+        write_gate (`bool`, *optional*, defaults to `False`):
+            Whether each key/value head learns how strongly it writes a token, sigmoid(w x + b) of the token's hidden state
+            x (not in the paper): a text may pass without a trace, and what matters stays. It adds parameters.
         block_segments (`int`, *optional*):
             How many segments go through a layer at once; by default as many as fit into 4096 tokens. It trades memory
             for speed and changes no result.
@@ -62,6 +65,7 @@ class InfiniLlamaConfig(LlamaConfig):
     segment_length: int = at_least_one(default=2048)
     memory_update: Literal["delta", "linear", "least_squares", "none"] = "delta"
     gate_init: float | int = -3.0
+    write_gate: bool = False
     block_segments: int | None = at_least_one(default=None)
     layer_types: list[str] | None = None
 

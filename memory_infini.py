@@ -185,6 +185,13 @@ class Linear:
         return sigma_x
 
     @staticmethod
+    def weigh(
+        sigma_k: torch.Tensor, values: torch.Tensor, strength: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (..., N, D) and values of tokens that count as much as `strength` (..., N, 1) says, from 0 to 1."""
+        return sigma_k * strength, values
+
+    @staticmethod
     def normalizer(sigma_k: torch.Tensor) -> torch.Tensor:
         """What keys (..., N, D) add to the normalizer: z, (..., D)."""
         return sigma_k.sum(-2)  # eq 8
@@ -241,6 +248,10 @@ class LeastSquares(Linear):
         return sigma_x * LeastSquares.reading_scale(sigma_x)  # 0 stays 0
 
     @staticmethod
+    def weigh(sigma_k, values, strength):
+        return sigma_k * strength, values * strength  # weighted squares: both sides of V - K M
+
+    @staticmethod
     def normalizer(sigma_k):
         return sigma_k.mT @ sigma_k
 
@@ -270,7 +281,13 @@ WRITE_RULES: dict[str, type[Linear]] = {"linear": Linear, "delta": Delta, "least
 """How a memory is written and read, by the name in `config.memory_update`."""
 
 
-def write(rule: str, sigma_k: torch.Tensor, values: torch.Tensor, memory: MemoryState) -> MemoryState:
+def write(
+    rule: str,
+    sigma_k: torch.Tensor,
+    values: torch.Tensor,
+    memory: MemoryState,
+    strength: torch.Tensor | None = None,
+) -> MemoryState:
     """What tokens of one segment add to the memory that the segment started with, equations 8 and 9; see `commit`.
 
     All rules add up inside a segment, so the tokens may come in any number of calls.
@@ -280,11 +297,14 @@ def write(rule: str, sigma_k: torch.Tensor, values: torch.Tensor, memory: Memory
         sigma_k: (B, K, N, D); rows of tokens that are not to be written are 0.
         values: (B, K, N, V) in any dtype.
         memory: the memory at the start of the segment.
+        strength: (B, K, N, 1), how much each token counts, from 0 to 1. None: 1.
 
     Returns:
         The increment, in the shapes of `memory`.
     """
     sigma_k, values = WRITE_RULES[rule].features(sigma_k), values.to(sigma_k.dtype)
+    if strength is not None:
+        sigma_k, values = WRITE_RULES[rule].weigh(sigma_k, values, strength)
     reading_keys = WRITE_RULES[rule].reading_keys(sigma_k, memory.normalizer)
     if reading_keys is not None:
         values = values - reading_keys @ memory.matrix
@@ -332,6 +352,7 @@ def scan(
     restarts: torch.Tensor | None = None,
     completes: torch.Tensor | None = None,
     relay: Callable[..., torch.Tensor] | None = None,
+    strength: torch.Tensor | None = None,
 ) -> tuple[MemoryState, MemoryState, MemoryState]:
     """Write S consecutive segments, with everything that is large computed for all of them at once.
 
@@ -349,14 +370,17 @@ def scan(
         completes: (B, S) bool, segments that are full, or followed by another one of their document. None: all are.
         relay: where these segments follow others that are elsewhere: given what these make of `memory`, and the factor of
             M if it has one, it returns what to start with instead. See `parallel_infini`.
+        strength: (B, S, K, N, 1), as for `write`.
 
     Returns:
         The memory at the start of each segment, (B, S, K, ...); the memory after the last completed segment; and what
         the segment that stayed open has added so far (0 where none did).
     """
     write_rule = WRITE_RULES[rule]
-    sigma_k = write_rule.features(sigma_k)
-    sums_C = sigma_k.mT @ values.to(sigma_k.dtype)  # (B, S, K, D, V)
+    sigma_k, values = write_rule.features(sigma_k), values.to(sigma_k.dtype)
+    if strength is not None:
+        sigma_k, values = write_rule.weigh(sigma_k, values, strength)
+    sums_C = sigma_k.mT @ values  # (B, S, K, D, V)
     sums_z = write_rule.normalizer(sigma_k)  # (B, S, K, D), or as the rule has it
     # What is pending has been read for already: it joins the sums of the first segment, and not its A.
     sums_C[:, 0] += pending.matrix

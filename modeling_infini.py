@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_infini import InfiniCache, InfiniCacheLayer, projection_fingerprint
 from .configuration_infini import InfiniLlamaConfig
-from .memory_infini import MemoryState, mix, open_gate, read, read_token, sigma
+from .memory_infini import MemoryState, float_rows, mix, open_gate, read, read_token, sigma
 from .parallel_infini import find_places, refuse_padding
 from .timeline_infini import Layout, Timeline, block_widths, plan
 
@@ -73,12 +73,27 @@ class InfiniMemoryGate(nn.Module):
         return self.bias
 
 
+class InfiniWriteGate(nn.Module):
+    """How strongly each key/value head writes a token: sigmoid(w x + b), not in the paper."""
+
+    def __init__(self, config: InfiniLlamaConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_key_value_heads, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_key_value_heads))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, hidden_size) to (batch, heads, tokens, 1), float32 (float64 stays)."""
+        logits = float_rows(nn.functional.linear(hidden_states, self.weight, self.bias))
+        return torch.sigmoid(logits).transpose(1, 2).unsqueeze(-1)
+
+
 class InfiniLlamaAttention(LlamaAttention):
     """Local attention inside segments, and a memory of all segments before, behind one gate per head."""
 
     def __init__(self, config: InfiniLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.memory_gate = InfiniMemoryGate(config.num_attention_heads)
+        self.write_gate = InfiniWriteGate(config) if config.write_gate else None
 
     def forward(
         self,
@@ -130,15 +145,18 @@ class InfiniLlamaAttention(LlamaAttention):
 
         has_memory = layout.memory_update != "none"
         if has_memory and (layout.reads or past_key_values is not None):
+            strength = None if self.write_gate is None else self.write_gate(hidden_states)
             device_type = hidden_states.device.type
             autocasts = torch.is_autocast_enabled(device_type)
             with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
-                memory = cache.update_memory(key_states, value_states, layout)
+                memory = cache.update_memory(key_states, value_states, layout, strength)
                 if layout.reads:
                     attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory, layout)
         if self.training and not (has_memory and layout.reads):
             # Data-parallel training waits for a gradient of every parameter, and short texts read nothing.
-            attn_output = attn_output + 0.0 * self.memory_gate().sum().to(attn_output.dtype)
+            for gate in filter(None, (self.memory_gate, self.write_gate)):
+                for parameter in gate.parameters():
+                    attn_output = attn_output + 0.0 * parameter.sum().to(attn_output.dtype)
 
         attn_output = layout.to_tokens(attn_output, batch_size)
         attn_output = self.o_proj(attn_output.reshape(batch_size, num_tokens, -1).contiguous())
@@ -194,6 +212,10 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, InfiniMemoryGate):
             init.constant_(module.bias, self.config.gate_init)
+        elif isinstance(module, InfiniWriteGate):
+            # Nearly open for all tokens: what is not written at first teaches nothing.
+            init.zeros_(module.weight)
+            init.constant_(module.bias, 2.0)
 
     def parameter_groups(
         self, learning_rate: float, weight_decay: float = 0.0, gate_learning_rate: float = 0.01
@@ -221,7 +243,8 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
         weights, vectors, gates = [], [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                group = gates if "memory_gate" in name else weights if parameter.dim() > 1 else vectors
+                is_gate = "memory_gate" in name or "write_gate" in name
+                group = gates if is_gate else weights if parameter.dim() > 1 else vectors
                 group.append(parameter)
         groups = [
             {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},

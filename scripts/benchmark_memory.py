@@ -56,13 +56,14 @@ def load_pair(
         if is_out_of_memory(str(error)):
             raise
         raise InputError(f"model '{name}' cannot be loaded ({one_line(error)}): name a folder or a Hub id") from error
-    own = {"segment_length", "memory_update", "gate_init", "block_segments", "layer_types"}
+    own = {"segment_length", "memory_update", "gate_init", "write_gate", "block_segments", "layer_types"}
     left_out = own | {"model_type", "architectures", "auto_map"}
     fields = {key: value for key, value in config.to_dict().items() if key not in left_out}
     fields["attn_implementation"] = ours.config._attn_implementation
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(**fields))
-    base.load_state_dict({k: v for k, v in ours.state_dict().items() if "memory_gate" not in k}, assign=True)
+    shared = base.state_dict().keys()
+    base.load_state_dict({k: v for k, v in ours.state_dict().items() if k in shared}, assign=True)
     base.tie_weights()  # one parameter with one gradient, as in ours
     base.model.rotary_emb = ours.model.rotary_emb  # its tables are no part of the weights
     return ours, base.eval()

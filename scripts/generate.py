@@ -232,11 +232,9 @@ def load_model(
             f"convert a Llama first, with `python scripts/convert.py {name} OUTPUT`"
         )
     try:
-        model = InfiniLlamaForCausalLM.from_pretrained(name, dtype=dtype, device_map=device).eval()
+        settings = {field: value for field, value in settings.items() if value is not None}
+        model = InfiniLlamaForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **settings).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
-        for field, value in settings.items():
-            if value is not None:
-                setattr(model.config, field, value)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model '{name}' cannot be loaded ({one_line(error)})") from error
     return model, tokenizer

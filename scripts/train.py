@@ -628,6 +628,7 @@ def rounded(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
 def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTrainedTokenizerBase]:
     """Model with float32 weights, and tokenizer."""
     settings = {name: getattr(options, name) for name in ("segment_length", "memory_update", "block_segments")}
+    settings["write_gate"] = options.write_gate or None
     if not options.from_scratch:
         model, tokenizer = load_model(options.model, dtype="float32", **settings)
     else:
@@ -667,7 +668,7 @@ def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torc
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
         target_modules=options.lora_target_modules,
-        modules_to_save=["memory_gate"],
+        modules_to_save=["memory_gate"] + ["write_gate"] * model.config.write_gate,
         task_type="CAUSAL_LM",
     )
     try:

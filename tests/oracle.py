@@ -43,6 +43,7 @@ class HeadState:
     keys: list[Tensor] = field(default_factory=list)
     rotated_keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    strengths: list[Tensor] = field(default_factory=list)  # how much each token counts; 1 without a write gate
 
 
 def oracle_forward(
@@ -162,7 +163,12 @@ def attention(
     values = linear(hidden, parameters, name=f"{prefix}.v_proj").split(head_dim)
     assert len(queries) == num_heads and len(keys) == len(values) == len(states)
 
-    for state, key, value in zip(states, keys, values):
+    strengths = [torch.ones((), dtype=hidden.dtype) for _ in states]
+    if f"{prefix}.write_gate.weight" in parameters:
+        strengths = torch.sigmoid(linear(hidden, parameters, name=f"{prefix}.write_gate")).unbind()
+
+    for state, key, value, strength in zip(states, keys, values, strengths):
+        state.strengths.append(strength)
         state.keys.append(key)
         state.rotated_keys.append(rotate(key, position=angle_position, theta=rope_theta))
         state.values.append(value)
@@ -201,20 +207,22 @@ def commit_segment(state: HeadState, *, memory_update: str) -> HeadState:
     matrix, normalizer = state.matrix, state.normalizer
     if memory_update == "least_squares" and state.keys:
         # W, the minimum of |V - K M'|^2 + 0.05 |M' - M|^2 for M' = M + W, as one linear system, and then filtered, three times.
+        # The square of a token's difference counts as much as the square of its strength.
         keys, values = torch.stack([unit(key) for key in state.keys]), torch.stack(state.values)
-        gram = keys.T @ keys
+        weights = torch.diag(torch.stack(state.strengths) ** 2)
+        gram = keys.T @ weights @ keys
         inverse = torch.linalg.inv(gram + 0.05 * torch.eye(len(gram), dtype=gram.dtype))
-        change = inverse @ keys.T @ (values - keys @ matrix)
+        change = inverse @ keys.T @ weights @ (values - keys @ matrix)
         return HeadState(
             matrix=matrix + torch.linalg.matrix_power(inverse @ gram, 3) @ change, normalizer=normalizer + gram
         )
-    for key, value in zip(state.keys, state.values):
+    for key, value, strength in zip(state.keys, state.values, state.strengths):
         if memory_update == "linear":
-            matrix = matrix + torch.outer(sigma(key), value)  # eq 8
-            normalizer = normalizer + sigma(key)  # eq 8
+            matrix = matrix + strength * torch.outer(sigma(key), value)  # eq 8
+            normalizer = normalizer + strength * sigma(key)  # eq 8
         if memory_update == "delta":
-            matrix = matrix + torch.outer(sigma(key), value - retrieve(key, state))  # eq 9
-            normalizer = normalizer + sigma(key)  # eq 8, which eq 9 leaves as it is
+            matrix = matrix + strength * torch.outer(sigma(key), value - retrieve(key, state))  # eq 9
+            normalizer = normalizer + strength * sigma(key)  # eq 8, which eq 9 leaves as it is
     return HeadState(matrix=matrix, normalizer=normalizer)
 
 

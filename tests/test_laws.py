@@ -49,6 +49,7 @@ def models(draw: st.DrawFn, rules: list[str] = RULES) -> InfiniLlamaForCausalLM:
         segment_length=draw(st.integers(1, 7)),
         block_segments=draw(st.integers(1, 4)),
         memory_update=draw(st.sampled_from(rules)),
+        write_gate=draw(st.booleans()),
     ).double()
 
 

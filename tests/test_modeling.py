@@ -483,6 +483,19 @@ def test_a_plain_llama_loads_with_fresh_gates(tmp_path):
     assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "infini").state_dict(), model.state_dict())
 
 
+@torch.no_grad()
+def test_a_plain_llama_loads_with_write_gates_that_are_nearly_open(tmp_path):
+    """They write 88 % of every token, and are saved and loaded with the rest."""
+    base_llama(tiny_model()).save_pretrained(tmp_path)
+    model = InfiniLlamaForCausalLM.from_pretrained(tmp_path, segment_length=N, write_gate=True)
+    for layer in model.model.layers:
+        strength = layer.self_attn.write_gate(torch.randn(2, 3, model.config.hidden_size))
+        assert_equal(strength, torch.sigmoid(torch.full((2, model.config.num_key_value_heads, 3, 1), 2.0)))
+        layer.self_attn.write_gate.weight.normal_()
+    model.save_pretrained(tmp_path / "infini")
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "infini").state_dict(), model.state_dict())
+
+
 # Configuration
 
 
@@ -497,6 +510,7 @@ BAD_VALUES = [
     ("block_segments", 0),
     ("block_segments", 1.5),
     ("gate_init", "open"),
+    ("write_gate", "open"),
     ("layer_types", "infini_attention"),
 ]
 

@@ -82,7 +82,13 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 4}],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_key_value_heads": 4},
+        {"write_gate": True},
+    ],
 )
 def test_parameters_are_counted_exactly(overrides) -> None:
     """Those of the model, tied ones once; and one layer's."""

@@ -418,6 +418,17 @@ def test_the_gates_move_by_their_own_rate(run, folder):
             assert_equal(after[name], before[name])
 
 
+def test_a_model_gets_write_gates_that_are_trained(run, folder):
+    """The first step of Adam moves their weights from 0 by the gates' rate; without the option there are none. (Their biases
+    have no gradient yet: the same strength for all tokens makes no difference to `delta`.)"""
+    result = run(max_steps=1, learning_rate=0.0, gate_learning_rate=0.02, write_gate=True)
+    gates = {name: x for name, x in weights(result.model).items() if "write_gate" in name}
+    assert not gates.keys() & weights(folder).keys() and len(gates) == 2 * 2  # of two layers
+    for name, gate in gates.items():
+        if "weight" in name:
+            assert_close(gate.abs(), torch.full_like(gate, 0.02), rtol=1e-2, atol=0)
+
+
 def test_accumulated_batches_are_one_batch(run, book, tmp_path):
     """Rows of a batch follow each other in the text: two batches of two rows are one of four."""
     options = {"data": [book], "sequence_length": [2 * N], "max_steps": 3}
@@ -1142,6 +1153,7 @@ def test_models_that_cannot_be_trained_are_refused(refuses, tokenizer, tmp_path)
 def test_an_adapter_on_nothing_is_refused(refuses):
     refuses("`lora_target_modules`", "nothing_proj", lora_rank=2, lora_target_modules=["nothing_proj"])
     refuses("`adapter` 'nowhere'", lora_rank=0, adapter="nowhere")
+    refuses("`write_gate`", "adapter", lora_rank=2, write_gate=True)
     for own in ({"lora_rank": 2}, {"lora_alpha": 2}, {"gate_init": 0.0}):
         refuses(f"`{next(iter(own))}`", "`adapter`", adapter="nowhere", **own)
 

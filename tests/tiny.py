@@ -32,11 +32,15 @@ def tiny_config(**overrides) -> InfiniLlamaConfig:
 
 
 def tiny_model(**overrides) -> InfiniLlamaForCausalLM:
-    """A random model in eval mode. Its gates differ from head to head, so that no head can stand in for another."""
+    """A random model in eval mode. Its gates differ from head to head, so that no head can stand in for another, and write
+    gates from token to token.
+    """
     model = InfiniLlamaForCausalLM(tiny_config(**overrides)).eval()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.memory_gate.bias.normal_()
+            if model.config.write_gate:
+                layer.self_attn.write_gate.weight.normal_()
     return model
 
 
@@ -48,6 +52,7 @@ def base_llama(model: InfiniLlamaForCausalLM) -> LlamaForCausalLM:
         "segment_length",
         "memory_update",
         "gate_init",
+        "write_gate",
         "block_segments",
         "layer_types",
         "auto_map",
@@ -55,7 +60,7 @@ def base_llama(model: InfiniLlamaForCausalLM) -> LlamaForCausalLM:
     config = LlamaConfig(**{k: v for k, v in model.config.to_dict().items() if k not in own})
     config._attn_implementation = model.config._attn_implementation
     base = LlamaForCausalLM(config).to(model.dtype).eval()
-    base.load_state_dict({k: v for k, v in model.state_dict().items() if "memory_gate" not in k})
+    base.load_state_dict({k: v for k, v in model.state_dict().items() if "_gate." not in k})
     return base
 
 
