@@ -279,9 +279,16 @@ def require_llama_tensors(found: dict[str, torch.Tensor], expected: dict[str, to
 
 def make_gates(config: InfiniLlamaConfig) -> dict[str, torch.Tensor]:
     """Return what an InfiniLlama has and a Llama has not."""
-    llama, infini = (build_on_meta(cls, config).state_dict() for cls in (LlamaForCausalLM, InfiniLlamaForCausalLM))
-    new = [name for name in infini if name not in llama]
-    return {name: torch.full(infini[name].shape, config.gate_init, dtype=torch.float32) for name in new}
+    llama, infini = (build_on_meta(cls, config) for cls in (LlamaForCausalLM, InfiniLlamaForCausalLM))
+    known, gates = llama.state_dict().keys(), {}
+    for prefix, module in infini.named_modules():
+        new = [
+            f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False) if f"{prefix}.{name}" not in known
+        ]
+        if new:
+            infini._init_weights(module.to_empty(device="cpu").float())
+            gates |= {name: infini.get_parameter(name).detach() for name in new}
+    return gates
 
 
 def write_weights(folder: Path, target: Path, config: InfiniLlamaConfig, cast: torch.dtype | None) -> dict[str, Any]:
@@ -504,6 +511,7 @@ def convert(
     segment_length: int = InfiniLlamaConfig.segment_length,
     memory_update: str = InfiniLlamaConfig.memory_update,
     gate_init: float = InfiniLlamaConfig.gate_init,
+    write_gate: bool = InfiniLlamaConfig.write_gate,
     dtype: str = "auto",
     gguf_file: str | None = None,
     revision: str | None = None,
@@ -514,8 +522,9 @@ def convert(
         source: Hub id, model folder, or GGUF file.
         output: Folder to create; it appears only when everything has succeeded, and nothing is overwritten.
         segment_length: Tokens per segment.
-        memory_update: `"delta"`, `"linear"` or `"none"`.
+        memory_update: `"delta"`, `"linear"`, `"least_squares"` or `"none"`.
         gate_init: Value of every gate, beta of equation 10.
+        write_gate: Add gates that choose what is written.
         dtype: `"auto"` keeps the weights as they are, bit for bit; `"float32"`, `"bfloat16"` and `"float16"` cast
             them. The gates are float32 in any case.
         gguf_file: Name of a GGUF file in the source.
@@ -535,7 +544,8 @@ def convert(
     require_free_output(output, Path(source).resolve())
     folder, gguf_file = locate(os.fspath(source), gguf_file, revision)
     fields = read_llama_config(folder, gguf_file)
-    config = build_config(fields, segment_length=segment_length, memory_update=memory_update, gate_init=gate_init)
+    settings = {"memory_update": memory_update, "gate_init": gate_init, "write_gate": write_gate}
+    config = build_config(fields, segment_length=segment_length, **settings)
 
     with working_folder(output) as work:
         target = Path(work) / "output"
@@ -559,6 +569,7 @@ def convert(
         "segment_length": config.segment_length,
         "memory_update": config.memory_update,
         "gate_init": config.gate_init,
+        "write_gate": config.write_gate,
         "dtype": str(config.dtype).removeprefix("torch."),
         **counts,
         "check": check,
@@ -597,6 +608,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=InfiniLlamaConfig.gate_init,
         help="initial gate of every head; sigmoid(gate) is the share of the memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--write-gate",
+        action="store_true",
+        help="add gates that choose what is written, to be trained (not in the paper)",
     )
     parser.add_argument(
         "--dtype",

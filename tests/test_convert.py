@@ -153,6 +153,22 @@ def test_output_is_the_llama_to_the_last_bit(tmp_path, weights, tied):
     assert report["check"] == {"result": "equal", "tokens": [4, 64], "max_abs_diff": 0.0}
 
 
+def test_write_gates_are_added_and_the_llama_stays_what_it_was(source, tmp_path):
+    """Gates that write all tokens alike; without the option there are none."""
+    report = convert(source, tmp_path / "infini", segment_length=64, write_gate=True)
+    assert report["write_gate"] is True and report["tensors"]["added"] == 2 * 3
+    written = weights_of(tmp_path / "infini")
+    for layer in range(2):
+        gate = f"model.layers.{layer}.self_attn.write_gate"
+        assert not written[f"{gate}.weight"].any() and (written[f"{gate}.bias"] == 2.0).all()
+    infini, llama = (
+        cls.from_pretrained(folder)
+        for cls, folder in ((InfiniLlamaForCausalLM, tmp_path / "infini"), (LlamaForCausalLM, source))
+    )
+    assert infini.model.layers[0].self_attn.write_gate.weight.shape == (2, infini.config.hidden_size)
+    assert torch.equal(logits_of(infini), logits_of(llama))
+
+
 def test_any_model_of_the_auto_classes_loads_where_the_project_is_not_installed(source, tmp_path):
     """A fresh, offline process with an empty module cache, in which `infini_llama` cannot be imported, gets the same
     logits, and can generate."""
