@@ -33,8 +33,9 @@ Tasks
               checkpointed blocks and without, each in a process of its own, with a small random model.
     longest   the longest text that a training step of MODEL, and of the base Llama with full attention, fits into --budget-gb
               of memory, both with checkpoints. Each length is tried in a process of its own, whose allocations fail beyond
-              the budget (on Linux; elsewhere its peak is only measured), on the CPU. Ours is tried up to --times the base's
-              longest. This takes long, and is left out unless it is asked for.
+              the budget (on Linux; elsewhere its peak is only measured), on the CPU. Ours goes in blocks of one segment, unless
+              --block-segments says otherwise, and is tried up to --times the base's longest. This takes long, and is left
+              out unless it is asked for.
 
 The theoretical cost comes first, from the arithmetic of the config; see `scripts/planning.py`.
 
@@ -609,10 +610,9 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
                 "autocast": args.autocast,
                 "optimizer_step": args.optimizer_step,
             }
+            how |= settings | {"block_segments": args.block_segments or 1}
             budget = int(args.budget_gb * 1e9)
-            result["longest"] = bench_longest(
-                args.model, config, budget, args.times, torch.get_num_threads(), how | settings
-            )
+            result["longest"] = bench_longest(args.model, config, budget, args.times, torch.get_num_threads(), how)
         save(result, args.output)
 
 
