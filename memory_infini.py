@@ -337,7 +337,8 @@ def read_token(
     sigma_q = WRITE_RULES[rule].features(sigma_q.flatten(0, 1))
     bound = torch.bmm(sigma_q, memory.matrix.flatten(0, 1))
     if memory.normalizer.dim() == 3:  # z
-        bound.div_(torch.bmm(sigma_q, memory.normalizer.view(-1, sigma_q.shape[-1], 1)))  # eq 7
+        denominator = torch.bmm(sigma_q, memory.normalizer.view(-1, sigma_q.shape[-1], 1))
+        bound.div_(denominator.clamp_min_(torch.finfo(bound.dtype).tiny))  # eq 7; 0 where it is 0, as for `read`
     gate = torch.sigmoid(beta.to(bound.dtype)).unsqueeze(-1)
     return torch.lerp(local.to(bound.dtype), bound.view_as(local), gate)  # eq 10
 

@@ -84,6 +84,7 @@ class InfiniWriteGate(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, hidden_size) to (batch, heads, tokens, 1), float32 (float64 stays)."""
         logits = float_rows(nn.functional.linear(hidden_states, self.weight, self.bias))
+        logits = logits.clamp(min=-40)  # so that, as sigma, it is never 0: what has been written can be divided by
         return torch.sigmoid(logits).transpose(1, 2).unsqueeze(-1)
 
 

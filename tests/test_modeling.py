@@ -496,6 +496,19 @@ def test_a_plain_llama_loads_with_write_gates_that_are_nearly_open(tmp_path):
     assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "infini").state_dict(), model.state_dict())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["linear", "delta", "least_squares"])
+def test_closed_write_gates_leave_no_nan(rule):
+    """Where next to nothing is written, read in one call or token by token."""
+    model, ids = tiny_model(memory_update=rule, write_gate=True), random_ids(1, 3 * N)
+    for layer in model.model.layers:
+        layer.self_attn.write_gate.bias.fill_(-1e4)
+    cache = InfiniCache(model.config)
+    one_by_one = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+    assert one_by_one.isfinite().all()
+    assert_close(one_by_one, model(ids).logits)
+
+
 # Configuration
 
 
