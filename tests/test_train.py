@@ -419,14 +419,15 @@ def test_the_gates_move_by_their_own_rate(run, folder):
 
 
 def test_a_model_gets_write_gates_that_are_trained(run, folder):
-    """The first step of Adam moves their weights from 0 by the gates' rate; without the option there are none. (Their biases
-    have no gradient yet: the same strength for all tokens makes no difference to `delta`.)"""
+    """The first step of Adam moves their weights from 0 by the gates' rate (by less where the gradient is next to nothing);
+    without the option there are none. (Their biases have no gradient yet: the same strength for all tokens makes no
+    difference to `delta`.)"""
     result = run(max_steps=1, learning_rate=0.0, gate_learning_rate=0.02, write_gate=True)
     gates = {name: x for name, x in weights(result.model).items() if "write_gate" in name}
     assert not gates.keys() & weights(folder).keys() and len(gates) == 2 * 2  # of two layers
     for name, gate in gates.items():
         if "weight" in name:
-            assert_close(gate.abs(), torch.full_like(gate, 0.02), rtol=1e-2, atol=0)
+            assert gate.abs().max() < 0.0201 and gate.abs().median() > 0.0199 and gate.all()
 
 
 def test_accumulated_batches_are_one_batch(run, book, tmp_path):
