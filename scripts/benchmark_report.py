@@ -212,7 +212,7 @@ def longest_tables(content: dict[str, Any]) -> list[str]:
     how = "with checkpoints" if content["checkpointing"] else "without checkpoints"
     return [
         table(["model", "tokens", "peak, MB", "s per step"], rows),
-        f"Processes of at most {content['budget_gb']:g} GB, {how}, ours in blocks of {content['block_segments']} segments, "
+        f"Processes of at most {content['budget_gb']:g} GB, {how}, segments per block of ours: {content['block_segments']}, "
         f"{content['dtype']}"
         f"{' under bfloat16 autocast' if content['autocast'] else ''}"
         f"{', with the states of AdamW' if content['optimizer_step'] else ''}: "

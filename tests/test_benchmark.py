@@ -372,7 +372,7 @@ def test_tables_say_what_was_measured_and_under_which_circumstances() -> None:
     assert "| 8,192 | delta | 2.000 (1.000 to 3.000) | 4,096 | 1.250 (1.000 to 3.000) |" in text
     assert "| 65,536 | delta |" in text and "1.50 at 8,192 tokens times ours" in text
     assert "| 10,000,384 | 32,768 | 2000.00 (1000.00 to 3000.00) | 10.00 | 200.00 |" in text
-    assert "at least 32.0 times as many" in text and "ours in blocks of 1 segments, float32 under bfloat16" in text
+    assert "at least 32.0 times as many" in text and "segments per block of ours: 1, float32 under bfloat16" in text
     assert text.count("\n## ") == 7
 
 
