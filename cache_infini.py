@@ -31,7 +31,7 @@ STATE = (
     "pending.matrix",
     "pending.normalizer",
 )
-# Decoded tokens whose writes wait: what one write of them all saves grows no further, and what they hold stays small.
+# So many decoded tokens wait at most, to be written at once: enough that the write costs each little, and few to keep.
 MAX_WAITING = 64
 
 
@@ -176,8 +176,8 @@ class InfiniCacheLayer(CacheLayerMixin):
             self.memory = self.pending = MemoryState.zeros(layout.memory_update, keys, values)
         rule, start = layout.memory_update, self.memory
         if layout.num_segments == 0:
-            is_plain = layout.valid is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            if key_states.shape[2] == 1 and is_plain:
+            is_decoded = key_states.shape[2] == 1 and layout.valid is None and not torch.is_grad_enabled()
+            if is_decoded and not torch.compiler.is_compiling():  # a list that grows would be compiled for each length
                 self._waiting.append((key_states, value_states, strength))
                 if layout.completes is not None or len(self._waiting) == MAX_WAITING:
                     self._go_on(self.pending, layout)

@@ -229,7 +229,7 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
         Args:
             learning_rate: of everything but the gates.
             weight_decay: of weight matrices.
-            gate_learning_rate: of the gates, beta of equation 10.
+            gate_learning_rate: of the gates, beta of equation 10, and of write gates.
 
         Returns:
             Groups that are not empty, in this order: weight matrices, biases and norms, gates.

@@ -238,7 +238,7 @@ def _plan_unaligned(
     N, T, B = common["segment_length"], num_columns, len(timeline.filled)
     last = torch.tensor(timeline.positions)[:, None]
     filled = torch.tensor(timeline.filled)[:, None]
-    valid = torch.ones(B, T, dtype=torch.bool) if valid is None else valid
+    padded, valid = valid, torch.ones(B, T, dtype=torch.bool) if valid is None else valid
     columns = torch.arange(T).expand(B, T)
 
     order = valid.cumsum(1)  # (B, T), which token of its row this is, from 1
@@ -285,7 +285,7 @@ def _plan_unaligned(
         ),
         "rotary_positions": torch.where(valid, positions, 0) % N,
         "reads": any(timeline.has_memory) or num_segments > 1,
-        "valid": None if bool(valid.all()) else valid,
+        "valid": padded,
     }
     if stays:
         rows, cols = valid.nonzero(as_tuple=True)

@@ -621,7 +621,7 @@ class Training:
 
 
 def rounded(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights in `dtype`, without the gates, which are float32 in any model."""
+    """Weights in `dtype`, but for the gates of equation 10, which are float32 in any model."""
     return {name: x if "memory_gate" in name else x.to(dtype) for name, x in weights.items()}
 
 
@@ -668,7 +668,7 @@ def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torc
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
         target_modules=options.lora_target_modules,
-        modules_to_save=["memory_gate"] + ["write_gate"] * model.config.write_gate,
+        modules_to_save=["memory_gate", "write_gate"] if model.config.write_gate else ["memory_gate"],
         task_type="CAUSAL_LM",
     )
     try:

@@ -135,7 +135,7 @@ class TrainingOptions:
             raise InputError("`state_passing_scale` rises with the loss: say below which, with `advance_below`")
         if self.write_gate and (self.lora_rank or self.adapter is not None):
             raise InputError(
-                "`write_gate` changes the model that the adapter is for: train all weights, or leave it out"
+                "`write_gate` changes the model that the adapter is for: leave it out, and convert with --write-gate"
             )
         if self.adapter is not None:
             for name, absent in (("lora_rank", 0), ("lora_alpha", None), ("gate_init", None)):
