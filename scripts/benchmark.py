@@ -12,8 +12,8 @@ Tasks
     prefill   our model on S segments of one text, against two floors: the base Llama on the same segments as one batch of
               independent texts, and as batches of as many segments as our blocks have; and against full attention: the base
               Llama on the whole text, up to --full-limit tokens. Same weights, same run, in turn; ratios are of medians.
-              With --long-length, one text of that many tokens as well, window after window through one cache, in turn with
-              texts of one window.
+              With --long-length, one text of that many tokens as well, window after window through one cache, each in turn
+              with a text of one window.
     decode    time per token after contexts of several lengths, at the same place in the segment, in turn; and of the tokens
               that complete a segment; against the base Llama at the same local length, and against the floor: bytes of
               weights, state, keys and values over the bandwidth that a sum or a copy of a large tensor reaches in this run.
@@ -223,8 +223,8 @@ def bench_prefill(
 
 
 @torch.no_grad()
-def bench_long(ours, length: int, window: int, repeats: int, device: str) -> dict[str, Any]:
-    """One text, a window of whole blocks at a time through one cache; and now and then another text of one window."""
+def bench_long(ours, length: int, window: int, device: str) -> dict[str, Any]:
+    """One text, a window of whole blocks at a time through one cache; and before each window a text of its length by itself."""
     block = ours.config.block_length
     window = max(1, window // block) * block
     count = length // window
@@ -239,11 +239,11 @@ def bench_long(ours, length: int, window: int, repeats: int, device: str) -> dic
 
     cache, windows, short = InfiniCache(ours.config), [], []
     tokens_per_s(InfiniCache(ours.config))  # warm-up
-    turns = {round(index * (count - 1) / max(1, repeats - 1)) for index in range(repeats)}
-    for index in tqdm(range(count), desc=f"reading {count * window}", leave=False, disable=None):
-        if index in turns:
-            short.append(tokens_per_s(InfiniCache(ours.config)))
+    for _ in tqdm(range(count), desc=f"reading {count * window}", leave=False, disable=None):
+        short.append(tokens_per_s(InfiniCache(ours.config)))
         windows.append(tokens_per_s(cache))
+    # A machine's own speed drifts over the minutes that this takes, so each window is compared with the text beside it.
+    ratios = [long / alone for long, alone in zip(windows, short, strict=True)]
     quarter = max(1, count // 4)
     result = {
         "tokens": count * window,
@@ -253,7 +253,7 @@ def bench_long(ours, length: int, window: int, repeats: int, device: str) -> dic
         "short_tokens_per_s": spread(short),
         "long_tokens_per_s": spread(windows),
         "long_over_short": statistics.median(windows) / statistics.median(short),
-        "end_over_start": statistics.median(windows[-quarter:]) / statistics.median(windows[:quarter]),
+        "end_over_start": statistics.median(ratios[-quarter:]) / statistics.median(ratios[:quarter]),
     }
     say(
         f"{count * window} tokens in windows of {window}: {statistics.median(windows):.0f} tokens/s, "
@@ -583,7 +583,7 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
             )
             ours.config.memory_update = rule
             if args.long_length is not None:
-                result["long"] = bench_long(ours, args.long_length, args.window, args.repeats, args.device)
+                result["long"] = bench_long(ours, args.long_length, args.window, args.device)
         elif task == "decode":
             contexts = args.contexts or [length, 64 * length, max(10_000_000 // length, 65) * length]
             result["decode"] = bench_decode(ours, base, contexts, args.tokens, args.read_limit, args.device)

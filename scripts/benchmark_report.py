@@ -145,7 +145,7 @@ def long_tables(content: dict[str, Any]) -> list[str]:
     ]
     return [
         table(["tokens", "tokens/s"], rows),
-        f"Long over short: {content['long_over_short']:.3f}. Last quarter over first quarter of the long text: "
+        f"Long over short: {content['long_over_short']:.3f}. The same at the end of the long text over that at its start (a quarter each): "
         f"{content['end_over_start']:.3f}.",
     ]
 

@@ -81,6 +81,13 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return begin if tokenizer("")["input_ids"][:1] == begin else []
 
 
+def append_turns(ids: list[int], turns: list[list[int]]) -> list[slice]:
+    """Append questions and answers, which take turns; return where the answers are."""
+    ends = list(itertools.accumulate(map(len, turns), initial=len(ids)))
+    ids += itertools.chain(*turns)
+    return [slice(start, end) for start, end in zip(ends[1::2], ends[2::2], strict=True)]
+
+
 class RetrievalTask:
     """What the tasks share: the layout of a sample. A task sets `intro`, `haystack` and `cuts`, and has a `draw`.
 
@@ -121,9 +128,8 @@ class RetrievalTask:
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth is {depth}: give a number from 0 (start) to 1 (end), or None to draw it")
         (asked, *others), turns = self.draw(rng)
-        question, answer = list(itertools.chain(*turns[:-1])), turns[-1]
-        intro = [] if continued else self.intro
-        needed = len(intro) + len(asked) + sum(map(len, others)) + len(question) + len(answer)
+        intro, asking = [] if continued else self.intro, sum(map(len, turns))
+        needed = len(intro) + len(asked) + sum(map(len, others)) + asking
         if length < needed:
             raise ValueError(
                 f"length {length} is too short for {type(self).__name__}, whose intro, needles, question and answer "
@@ -139,10 +145,10 @@ class RetrievalTask:
             while waiting and waiting[-1][0] < cut:
                 passed += len(waiting.pop()[1])
             starts.append(len(intro) + cut + passed)
-        first, last = starts[0], length - len(answer) - len(question) - len(asked)
+        first, last = starts[0], length - asking - len(asked)
         if depth is None:
             if self.segment_length:
-                question_segment = (length - len(answer) - len(question)) // self.segment_length
+                question_segment = (length - asking) // self.segment_length
                 before_segment = question_segment * self.segment_length - len(asked)
                 if rng.random() >= self.outside_last_segment:
                     first = min(max(first, before_segment + 1), last)
@@ -160,10 +166,9 @@ class RetrievalTask:
         for cut, needle in placed:
             ids += self.window(offset + position, cut - position) + needle
             position = cut
-        ids += self.window(offset + position, room - position) + question + answer
+        ids += self.window(offset + position, room - position)
+        *earlier, answer = append_turns(ids, turns)
         assert len(ids) == length
-        ends = [length - len(question) - len(answer) + end for end in itertools.accumulate(map(len, turns))]
-        *earlier, answer = (slice(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True))
         start = starts[chosen]
         return Sample(ids, answer, slice(start, start + len(asked)), tuple(earlier))
 
@@ -291,12 +296,24 @@ class Needle(RetrievalTask):
         return draw_words(rng, 1)[0] if self.values == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
+@dataclass(frozen=True)
+class BabiStory:
+    """A question of a bAbI story: all facts above it, and which of them support the answer, counted from 0."""
+
+    facts: list[str]
+    question: str
+    answer: str
+    support: list[int]
+
+
 class Babilong(RetrievalTask):
     """The facts of a bAbI story in prose, in their order, and a question about them.
 
     Args:
         babi: folder with `qa{babi_task}_*_train.txt`.
         babi_task: 1, 2 or 3.
+        num_questions: at most, one after another: of task 1, whose facts say where somebody is, the others' places are
+            asked for before the story's own question. More to learn from a long text.
         haystack: the prose, as tokens or as a text. Each sample begins at another of its sentences.
         segment_length: of the model; facts stand anywhere, whatever it is.
     """
@@ -307,15 +324,19 @@ class Babilong(RetrievalTask):
         *,
         babi: str | None = None,
         babi_task: int = 1,
+        num_questions: int = 1,
         haystack: Sequence[int] | str | None = None,
         segment_length: int | None = None,
     ):
         super().__init__(segment_length=segment_length)
+        if num_questions < 1 or (num_questions > 1 and babi_task != 1):
+            raise ValueError(f"num_questions is {num_questions}: give 1, or more with babi_task 1")
         if babi is None or haystack is None:
             raise ValueError(
                 f"{'babi' if babi is None else 'haystack'} is missing: give stories, and prose to hide them in"
             )
         self.tokenizer, self.stories = tokenizer, read_babi(babi, babi_task, "train")
+        self.num_questions = num_questions
         self.intro = opening_ids(tokenizer) + plain_ids(tokenizer, BABI_INTRO)
         self.haystack = inner_ids(tokenizer, haystack) if isinstance(haystack, str) else list(haystack)
         self.cuts = insertion_places(tokenizer, self.haystack)
@@ -329,9 +350,9 @@ class Babilong(RetrievalTask):
         """
         intro = [] if continued else self.intro
         story = rng.choice(self.stories)
-        texts = [f" {fact}" for fact in story.facts] + [f" {story.question} Answer:", f" {story.answer}."]
-        *facts, question, answer = (inner_ids(self.tokenizer, text) for text in texts)
-        room = length - len(intro) - sum(map(len, facts)) - len(question) - len(answer)
+        facts = [inner_ids(self.tokenizer, f" {fact}") for fact in story.facts]
+        turns = [part for pair in self.questions(rng, story) for part in self.turn(*pair)]
+        room = length - len(intro) - sum(map(len, facts)) - sum(map(len, turns))
         if room < 0:
             raise ValueError(f"length {length} is too short for a story, by {-room} tokens: give longer sequences")
         offset = self.first_token(rng)
@@ -342,21 +363,27 @@ class Babilong(RetrievalTask):
             starts.append(len(ids))
             ids += fact
             position = cut
-        ids += self.window(offset + position, room - position) + question + answer
-        assert len(ids) == length
+        ids += self.window(offset + position, room - position)
         oldest = min(story.support)
         needle = slice(starts[oldest], starts[oldest] + len(facts[oldest]))
-        return Sample(ids, slice(length - len(answer), length), needle)
+        *earlier, answer = append_turns(ids, turns)
+        assert len(ids) == length
+        return Sample(ids, answer, needle, tuple(earlier))
 
+    def questions(self, rng: random.Random, story: BabiStory) -> list[tuple[str, str]]:
+        """Return questions about the story and their answers, its own last."""
+        own = (story.question, story.answer)
+        if self.num_questions == 1:
+            return [own]
+        places = {}
+        for fact in story.facts:  # "Mary moved to the bathroom."
+            name, *_, place = fact.rstrip(".").split()
+            places[f"Where is {name}?"] = place
+        others = sorted(pair for pair in places.items() if pair != own)
+        return [*rng.sample(others, min(len(others), self.num_questions - 1)), own]
 
-@dataclass(frozen=True)
-class BabiStory:
-    """A question of a bAbI story: all facts above it, and which of them support the answer, counted from 0."""
-
-    facts: list[str]
-    question: str
-    answer: str
-    support: list[int]
+    def turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        return inner_ids(self.tokenizer, f" {question} Answer:"), inner_ids(self.tokenizer, f" {answer}.")
 
 
 def read_babi(folder: str, task: int, split: str = "test") -> list[BabiStory]:

@@ -407,6 +407,30 @@ def test_a_trained_babi_sample_is_an_evaluated_question_and_its_answer(babi, con
         Babilong(TOKENIZER, babi=str(babi))
 
 
+def test_a_trained_babi_sample_asks_where_the_others_are_too(babi):
+    """Each one once, where the last fact about them says; the story's own question comes last."""
+    task, asked = Babilong(TOKENIZER, babi=str(babi), num_questions=3, haystack=PROSE), set()
+    for seed in range(30):
+        sample = task.sample(random.Random(seed), 500)
+        answers = [TOKENIZER.decode(sample.ids[answer]) for answer in (*sample.earlier, sample.answer)]
+        turns = re.findall(r"Where is (\w+)\? Answer:( \w+\.)", TOKENIZER.decode(sample.ids))
+        assert [answer for _, answer in turns] == answers and len(sample.ids) == 500 == sample.answer.stop
+        asked.add(tuple((name, answer.strip(" .")) for name, answer in turns))
+    mary, john, daniel = ("Mary", "garden"), ("John", "hallway"), ("Daniel", "hallway")
+    assert asked == {
+        (("John", "hallway"), ("Mary", "bathroom")),
+        (john, daniel, mary),
+        (daniel, john, mary),
+        (("John", "office"),),
+    }
+    for options, problem in (
+        ({"num_questions": 0}, "is 0: give 1"),
+        ({"num_questions": 2, "babi_task": 2}, "babi_task 1"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            Babilong(TOKENIZER, babi=str(babi), haystack=PROSE, **options)
+
+
 def test_stories_that_are_none_are_refused(babi, tmp_path):
     with pytest.raises(ValueError, match="qa2_"):
         read_babi(str(babi), 2)
