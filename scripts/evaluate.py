@@ -307,8 +307,14 @@ class Evaluation:
                 "seed": args.seed,
             },
             "passkey": {"samples": args.samples},
-            "needle": {"samples": args.samples, "haystack": args.haystack},
-            "babilong": {"samples": args.samples, "haystack": args.haystack, "babi": args.babi, "shots": args.shots},
+            "needle": {"samples": args.samples, "haystack": args.haystack, "stretches": args.stretches},
+            "babilong": {
+                "samples": args.samples,
+                "haystack": args.haystack,
+                "stretches": args.stretches,
+                "babi": args.babi,
+                "shots": args.shots,
+            },
             "perplexity": {"max_tokens": args.max_tokens},
             "summarise": {
                 "books": args.books,
@@ -356,11 +362,14 @@ class Evaluation:
 
     # Retrieval
 
-    def ask(self, questions: list[Question], trunk: Trunk, name: str) -> dict[str, Any]:
-        """Answers of the model and of its controls."""
+    def ask(self, groups: list[tuple[Trunk, list[Question]]], name: str) -> dict[str, Any]:
+        """Answers of the model and of its controls to questions, each about the haystack that its trunk reads."""
         size, answers = self.args.batch_size, {}
+        questions = [question for _, group in groups for question in group]
         if not self.is_ours or self.reader.config.memory_update != "none":
-            answers["memory" if self.is_ours else "model"] = trunk.ask(questions, size, name)
+            answers["memory" if self.is_ours else "model"] = [
+                given for trunk, group in groups for given in trunk.ask(group, size, name)
+            ]
         if self.is_ours:
             with self.reader.memory_off():
                 answers["off"] = ask_local(self.reader, questions, size, self.segment_length)
@@ -384,18 +393,27 @@ class Evaluation:
         return {"accuracy": accuracy, "samples": samples}
 
     def retrieval(self, name: str, task: RetrievalTask) -> None:
-        """All cells of a task, those of a length along one haystack."""
+        """All cells of a task, those of a length along the same haystacks."""
         for length in self.args.lengths:
             if length == 0:
                 continue
             seed = f"{self.args.seed}/{name}/{length}"
-            haystack = Haystack.of(task, random.Random(seed))
-            trunk = Trunk(self.reader, haystack)
+            trunks = [
+                Trunk(self.reader, Haystack.of(task, rng)) for rng in self.stretches(seed, isinstance(task, Needle))
+            ]
             for depth in sorted(self.args.depths):
                 drawn = [random.Random(f"{seed}/{depth}/{i}") for i in range(self.args.samples)]
-                questions = hide(task, haystack, drawn, length, depth)
+                groups = [
+                    (trunk, hide(task, trunk.haystack, drawn[first :: len(trunks)], length, depth))
+                    for first, trunk in enumerate(trunks)
+                ]
                 key = f"{name}/{length}/{depth:g}"
-                self.results.measure(key, self.ask, questions, trunk, key)
+                self.results.measure(key, self.ask, groups, key)
+
+    def stretches(self, seed: str, prose: bool) -> list[random.Random]:
+        """What draws where each haystack begins. Sentences that repeat need one only."""
+        count = min(self.args.stretches, self.args.samples) if prose and self.args.haystack else 1
+        return [random.Random(f"{seed}/stretch {i}" if i else seed) for i in range(count)]
 
     def passkey(self) -> None:
         self.retrieval("passkey", Passkey(self.tokenizer))
@@ -421,10 +439,15 @@ class Evaluation:
             for length in self.args.lengths:
                 seed, key = f"{self.args.seed}/qa{task}/{length}", f"babilong/qa{task}/{length}"
                 text = torch.tensor(background.haystack, dtype=torch.int32)
-                haystack = Haystack(intro, text, background.cuts, background.first_token(random.Random(seed)))
                 drawn = [random.Random(f"{seed}/{i}") for i in range(len(chosen))]
-                questions = hide_stories(self.tokenizer, haystack, chosen, drawn, length)
-                self.results.measure(key, self.ask, questions, Trunk(self.reader, haystack), key)
+                rngs, groups = self.stretches(seed, True), []
+                for first, rng in enumerate(rngs):
+                    haystack = Haystack(intro, text, background.cuts, background.first_token(rng))
+                    told, places = chosen[first :: len(rngs)], drawn[first :: len(rngs)]
+                    groups.append(
+                        (Trunk(self.reader, haystack), hide_stories(self.tokenizer, haystack, told, places, length))
+                    )
+                self.results.measure(key, self.ask, groups, key)
 
     def book(self) -> list[int] | None:
         """The first tokens of --haystack."""
@@ -567,6 +590,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=positive, default=20, help="of each cell (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=20, help="samples at a time (default: %(default)s)")
     parser.add_argument("--haystack", metavar="PATH", help="needle, babilong: a text file, or a folder of them")
+    parser.add_argument(
+        "--stretches",
+        type=positive,
+        default=5,
+        help="needle, babilong: of --haystack, among which the samples are divided; each is read (default: %(default)s)",
+    )
     parser.add_argument("--needles", nargs="+", choices=VALUES, default=["numbers"], help="needle: kinds (numbers)")
     parser.add_argument("--num-needles", type=positive, nargs="+", default=[1], help="needle: hidden in a text (1)")
     parser.add_argument("--babi", metavar="FOLDER", help="babilong: where qa1_*_test.txt and the like are")
