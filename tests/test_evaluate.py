@@ -639,6 +639,21 @@ def without_seconds(content: dict) -> dict:
     return {key: {k: v for k, v in cell.items() if k != "seconds"} for key, cell in content["cells"].items()}
 
 
+def test_samples_are_divided_among_stretches_of_prose(run, book, monkeypatch):
+    """Evenly; the first stretch is that of a single one. Sentences that repeat are the same everywhere."""
+    hidden, hide = [], evaluate.hide
+    monkeypatch.setattr(
+        evaluate,
+        "hide",
+        lambda task, haystack, rngs, *a: hidden.append((haystack.offset, len(rngs))) or hide(task, haystack, rngs, *a),
+    )
+    for number, options in enumerate((("needle", "--stretches", "2"), ("needle", "--stretches", "1"), ("passkey",))):
+        options += ("--haystack", book, "--lengths", "700", "--samples", "5", "--depths", "0")
+        run("--tasks", *options, output=f"results-{number}")
+    (first, three), (second, two), (single, five), passkeys = hidden
+    assert first == single != second and (three, two, five) == (3, 2, 5) and passkeys == (0, 5)
+
+
 def test_every_task_is_measured_and_written(run, folders, book, babi, books, tmp_path):
     """With both controls; numbers come with what they were measured with."""
     options = ["--tasks", *evaluate.TASKS, "--lengths", "0", "700", "--samples", "2", "--depths", "0", "1"]
