@@ -241,8 +241,6 @@ class Needle(RetrievalTask):
         haystack: the prose, as tokens or as a text; without it, the sentences of `Passkey`. Each sample begins at
             another of its sentences.
         values: `"numbers"` (seven digits), `"words"` or `"uuids"`.
-        repeated: share of a number's digits that are the one before once more, on top of a tenth by chance. Which of two
-            equal digits comes first is what a memory without positions learns last.
         num_needles: values in a sample, each under a key of its own.
         num_questions: how many of them are asked for, one after another: more to learn from a long text.
         segment_length, outside_last_segment: see `RetrievalTask`.
@@ -254,7 +252,6 @@ class Needle(RetrievalTask):
         *,
         haystack: Sequence[int] | str | None = None,
         values: str = "numbers",
-        repeated: float = 0.0,
         num_needles: int = 1,
         num_questions: int = 1,
         segment_length: int | None = None,
@@ -263,13 +260,11 @@ class Needle(RetrievalTask):
         super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
         if values not in VALUES:
             raise ValueError(f"values is {values!r}: choose one of {', '.join(VALUES)}")
-        if not 0 <= repeated < 1 or (repeated and values != "numbers"):
-            raise ValueError(f"repeated is {repeated}: give a share of at least 0 and less than 1, of numbers")
         if not 1 <= num_needles <= len(ADJECTIVES) * len(NOUNS):
             raise ValueError(f"num_needles is {num_needles}: give 1 to {len(ADJECTIVES) * len(NOUNS)}")
         if not 1 <= num_questions <= num_needles:
             raise ValueError(f"num_questions is {num_questions}: give 1 to num_needles, which is {num_needles}")
-        self.tokenizer, self.values, self.repeated = tokenizer, values, repeated
+        self.tokenizer, self.values = tokenizer, values
         self.num_needles, self.num_questions = num_needles, num_questions
         noun = f"special magic {values if num_needles > 1 else values.removesuffix('s')}"
         hidden = f"Some {noun} are hidden" if num_needles > 1 else f"A {noun} is hidden"
@@ -297,11 +292,7 @@ class Needle(RetrievalTask):
 
     def draw_value(self, rng: random.Random) -> str:
         if self.values == "numbers":
-            digits = list(str(rng.randrange(10**6, 10**7)))
-            for place in range(1, len(digits)) if self.repeated else ():
-                if rng.random() < self.repeated:
-                    digits[place] = digits[place - 1]
-            return "".join(digits)
+            return str(rng.randrange(10**6, 10**7))
         return draw_words(rng, 1)[0] if self.values == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 

@@ -238,16 +238,6 @@ def test_several_questions_are_asked_one_after_another():
     assert f"for {keys[-1]} is:" in TEXT.decode(sample.ids[sample.needle])
 
 
-@pytest.mark.parametrize("repeated", [0.0, 0.5])
-def test_digits_repeat_as_often_as_asked_for(repeated):
-    """Half of them, and half of the others by chance in one of ten: 55 percent; by chance alone, ten."""
-    task, rng = Needle(TEXT, haystack=PROSE, repeated=repeated), random.Random(0)
-    numbers = [task.draw_value(rng) for _ in range(500)]
-    assert all(len(number) == 7 and number[0] != "0" for number in numbers)
-    equal = [a == b for number in numbers for a, b in itertools.pairwise(number)]
-    assert sum(equal) / len(equal) == pytest.approx(repeated + (1 - repeated) * 0.1, abs=0.03)
-
-
 def test_a_continued_sample_has_no_intro():
     for name in ("passkey", "needle"):
         task = TASKS[name](text_tokenizer(begin=True), segment_length=SEGMENT)
@@ -299,8 +289,6 @@ def test_copy_uses_no_special_token_of_a_tokenizer():
         (lambda: Passkey(TEXT, digits=0), "digits is 0: give at least 1"),
         (lambda: Passkey(TEXT, outside_last_segment=2), "outside_last_segment is 2: give a probability"),
         (lambda: Needle(TEXT, values="colors"), "values is 'colors': choose one of numbers, words, uuids"),
-        (lambda: Needle(TEXT, repeated=1), "repeated is 1: give a share"),
-        (lambda: Needle(TEXT, values="words", repeated=0.1), "repeated is 0.1: .* of numbers"),
         (lambda: Needle(TEXT, num_needles=0), "num_needles is 0: give 1 to"),
         (lambda: Needle(TEXT, num_needles=2, num_questions=3), "num_questions is 3: give 1 to num_needles"),
         (lambda: Needle(TEXT, haystack=[]), "haystack is empty: give prose"),
