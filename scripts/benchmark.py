@@ -224,7 +224,7 @@ def bench_prefill(
 
 @torch.no_grad()
 def bench_long(ours, length: int, window: int, device: str) -> dict[str, Any]:
-    """One text, a window of whole blocks at a time through one cache; and before each window a text of its length by itself."""
+    """One text, a window of whole blocks at a time through one cache; before each, another text of one window."""
     block = ours.config.block_length
     window = max(1, window // block) * block
     count = length // window
@@ -257,7 +257,7 @@ def bench_long(ours, length: int, window: int, device: str) -> dict[str, Any]:
     }
     say(
         f"{count * window} tokens in windows of {window}: {statistics.median(windows):.0f} tokens/s, "
-        f"{result['long_over_short']:.3f} of texts of one window; last quarter over first {result['end_over_start']:.3f}"
+        f"{result['long_over_short']:.3f} of texts of one window; the same in the last quarter over the first {result['end_over_start']:.3f}"
     )
     return result
 

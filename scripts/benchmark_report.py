@@ -145,8 +145,8 @@ def long_tables(content: dict[str, Any]) -> list[str]:
     ]
     return [
         table(["tokens", "tokens/s"], rows),
-        f"Long over short: {content['long_over_short']:.3f}. The same at the end of the long text over that at its start (a quarter each): "
-        f"{content['end_over_start']:.3f}.",
+        f"Long over short: {content['long_over_short']:.3f}. The same in the last quarter of the long text over that in the "
+        f"first: {content['end_over_start']:.3f}.",
     ]
 
 

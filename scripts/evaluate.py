@@ -399,7 +399,8 @@ class Evaluation:
                 continue
             seed = f"{self.args.seed}/{name}/{length}"
             trunks = [
-                Trunk(self.reader, Haystack.of(task, rng)) for rng in self.stretches(seed, isinstance(task, Needle))
+                Trunk(self.reader, Haystack.of(task, rng))
+                for rng in self.haystack_rngs(seed, isinstance(task, Needle))
             ]
             for depth in sorted(self.args.depths):
                 drawn = [random.Random(f"{seed}/{depth}/{i}") for i in range(self.args.samples)]
@@ -410,7 +411,7 @@ class Evaluation:
                 key = f"{name}/{length}/{depth:g}"
                 self.results.measure(key, self.ask, groups, key)
 
-    def stretches(self, seed: str, prose: bool) -> list[random.Random]:
+    def haystack_rngs(self, seed: str, prose: bool) -> list[random.Random]:
         """What draws where each haystack begins. Sentences that repeat need one only."""
         count = min(self.args.stretches, self.args.samples) if prose and self.args.haystack else 1
         return [random.Random(f"{seed}/stretch {i}" if i else seed) for i in range(count)]
@@ -440,7 +441,7 @@ class Evaluation:
                 seed, key = f"{self.args.seed}/qa{task}/{length}", f"babilong/qa{task}/{length}"
                 text = torch.tensor(background.haystack, dtype=torch.int32)
                 drawn = [random.Random(f"{seed}/{i}") for i in range(len(chosen))]
-                rngs, groups = self.stretches(seed, True), []
+                rngs, groups = self.haystack_rngs(seed, True), []
                 for first, rng in enumerate(rngs):
                     haystack = Haystack(intro, text, background.cuts, background.first_token(rng))
                     told, places = chosen[first :: len(rngs)], drawn[first :: len(rngs)]

@@ -1,13 +1,13 @@
 """The laws on a real checkpoint, SmolLM2-135M-Instruct, in float32, on real text.
 
 The tolerance is the project's promise, 1e-4 on logits that reach 30, or twice what splitting half of the text does to the
-base model itself if that is more, and in a batch, twice what a padded batch does to it: all are float32 rounding, in matrix
-products of different shapes, through 30 layers, and the largest of many. On one machine the base model differed by 1.1e-4, and
-ours, as converted, by 8.4e-5 to over 1.1e-4 from process to process; on another the base model by 5e-5 when split, by 3.7e-4 in
-a padded batch. Which kernel computes a product depends on more than its shape. (With its gates half open, the untrained
+base model itself if that is more: both are float32 rounding, in matrix products of different shapes, through 30 layers,
+and the largest of many. On one machine the base model differed by 1.1e-4, and ours, as converted, by 8.4e-5 to over 1.1e-4 from
+process to process: which kernel computes a product depends on more than its shape. (With its gates half open, the untrained
 memory amplifies the rounding of single tokens: 2e-4 on this text, 3e-2 on random tokens.)
 """
 
+import copy
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from infini_llama.scripts.convert import convert
 
 pytestmark = pytest.mark.slow
 
-N, SEGMENTS, PADDING = 128, 16, 200
+N, SEGMENTS = 128, 16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,25 +77,6 @@ def tolerance(base: LlamaForCausalLM, ids: torch.Tensor) -> float:
     return 2 * max(5e-5, (torch.cat(parts, dim=1) - base(text).logits).abs().max().item())
 
 
-@pytest.fixture(scope="module")
-@torch.no_grad()
-def batch_tolerance(base: LlamaForCausalLM, ids: torch.Tensor, tolerance: float) -> float:
-    text = ids[:, : 8 * N]
-    logits = base(**padded_batch(text)).logits
-    rows = zip(
-        (logits[0], logits[1, PADDING:]), (base(text).logits[0], base(text[:, :-PADDING]).logits[0]), strict=True
-    )
-    return max(tolerance, *(2 * (row - alone).abs().max().item() for row, alone in rows))
-
-
-def padded_batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The text, and below it the same behind padding, as far as it goes."""
-    batch = torch.cat([ids, torch.nn.functional.pad(ids[:, :-PADDING], (PADDING, 0))])
-    mask = torch.ones_like(batch)
-    mask[1, :PADDING] = 0
-    return {"input_ids": batch, "attention_mask": mask}
-
-
 @pytest.mark.parametrize("length", [1, N - 1, N])
 @torch.no_grad()
 def test_up_to_a_segment_it_is_smollm2_to_the_last_bit(model, base, ids, length: int) -> None:
@@ -113,10 +94,8 @@ def test_up_to_a_segment_it_is_smollm2_to_the_last_bit(model, base, ids, length:
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 @torch.no_grad()
-def test_any_split_any_block_and_any_batch_over_sixteen_segments(
-    model, ids, tolerance, batch_tolerance, rule: str
-) -> None:
-    """Any split, any block, any batch: within rounding of one forward, with a memory that changes the result."""
+def test_any_split_and_any_block_over_sixteen_segments(model, ids, tolerance, rule: str) -> None:
+    """Any split, any block: within rounding of one forward, with a memory that changes the result."""
     model.config.memory_update = rule
     expected = model(ids).logits
     model.config.memory_update = "none"
@@ -132,9 +111,20 @@ def test_any_split_any_block_and_any_batch_over_sixteen_segments(
     assert (model(ids).logits - expected).abs().max() <= tolerance
     model.config.block_segments = 8
 
-    logits = model(**padded_batch(ids)).logits
-    assert (logits[0] - expected[0]).abs().max() <= batch_tolerance
-    assert (logits[1, PADDING:] - expected[0, :-PADDING]).abs().max() <= batch_tolerance
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+@torch.no_grad()
+def test_any_batch_in_float64(model, ids, rule: str) -> None:
+    """A row, whatever stands beside it and before it. In float32 a padded batch alone moves the base model by up to 3.7e-4."""
+    exact, text, padding = copy.deepcopy(model).double(), ids[:, : 8 * N + 3], 200
+    exact.config.memory_update = rule
+    expected = exact(text).logits
+    batch = torch.cat([text, torch.nn.functional.pad(text[:, :-padding], (padding, 0))])
+    mask = torch.ones_like(batch)
+    mask[1, :padding] = 0
+    logits = exact(batch, attention_mask=mask).logits
+    assert (logits[0] - expected[0]).abs().max() <= 1e-10
+    assert (logits[1, padding:] - expected[0, :-padding]).abs().max() <= 1e-10
 
 
 @torch.no_grad()
