@@ -49,6 +49,8 @@ BABI_INTRO = (
     "them, which has an answer of one word."
 )
 VALUES = ("numbers", "words", "uuids")
+# How tokenizers mark a token that begins a word.
+WORD_STARTS = ("\u0120", "\u2581")
 ADJECTIVES = (
     "amber ancient bitter brave bright broken calm clever cold curious dark distant dusty eager early empty faint "
     "fierce gentle golden hidden hollow humble icy idle jolly lazy little lonely loud lucky mellow narrow noisy pale "
@@ -243,6 +245,8 @@ class Needle(RetrievalTask):
         values: `"numbers"` (seven digits), `"words"` or `"uuids"`.
         num_needles: values in a sample, each under a key of its own.
         num_questions: how many of them are asked for, one after another: more to learn from a long text.
+        haystack_numbers: share of the haystack's words before which a number is put, to be told from the needles': books
+            have hardly any.
         segment_length, outside_last_segment: see `RetrievalTask`.
     """
 
@@ -251,6 +255,7 @@ class Needle(RetrievalTask):
         tokenizer: PreTrainedTokenizerBase,
         *,
         haystack: Sequence[int] | str | None = None,
+        haystack_numbers: float = 0.0,
         values: str = "numbers",
         num_needles: int = 1,
         num_questions: int = 1,
@@ -264,6 +269,8 @@ class Needle(RetrievalTask):
             raise ValueError(f"num_needles is {num_needles}: give 1 to {len(ADJECTIVES) * len(NOUNS)}")
         if not 1 <= num_questions <= num_needles:
             raise ValueError(f"num_questions is {num_questions}: give 1 to num_needles, which is {num_needles}")
+        if not 0 <= haystack_numbers <= 1:
+            raise ValueError(f"haystack_numbers is {haystack_numbers}: give a share of words, from 0 to 1")
         self.tokenizer, self.values = tokenizer, values
         self.num_needles, self.num_questions = num_needles, num_questions
         noun = f"special magic {values if num_needles > 1 else values.removesuffix('s')}"
@@ -274,6 +281,8 @@ class Needle(RetrievalTask):
         if haystack is None or isinstance(haystack, str):
             haystack = inner_ids(tokenizer, FILLER if haystack is None else haystack)
         self.haystack = list(haystack)
+        if haystack_numbers:
+            self.haystack = put_numbers(tokenizer, self.haystack, haystack_numbers, random.Random(0))
         self.cuts = insertion_places(tokenizer, self.haystack)
 
     def first_token(self, rng):
@@ -480,6 +489,22 @@ def insertion_places(tokenizer: PreTrainedTokenizerBase, haystack: list[int]) ->
     if not haystack:
         raise ValueError("haystack is empty: give prose")
     return sentence_ends(tokenizer, haystack) or list(range(1, len(haystack) + 1))
+
+
+def put_numbers(
+    tokenizer: PreTrainedTokenizerBase, haystack: list[int], share: float, rng: random.Random
+) -> list[int]:
+    """Put numbers before a share of the words: of one to seven digits, some of them round, some with commas."""
+    starts = {index for token, index in tokenizer.get_vocab().items() if token.startswith(WORD_STARTS)}
+    ids = []
+    for token in haystack:
+        if token in starts and rng.random() < share:
+            digits = rng.randint(1, 7)
+            zeros = rng.choice((0, rng.randrange(digits)))
+            number = rng.randrange(10 ** (digits - zeros)) * 10**zeros
+            ids += inner_ids(tokenizer, f" {number:,}" if rng.randrange(2) else f" {number}")
+        ids.append(token)
+    return ids
 
 
 def closest(numbers: list[int], target: float) -> int:

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,19 @@ def test_several_questions_are_asked_one_after_another():
     assert f"for {keys[-1]} is:" in TEXT.decode(sample.ids[sample.needle])
 
 
+def test_numbers_of_the_haystack_are_put_before_words_of_it():
+    """Nothing else changes, and as many as were asked for."""
+    text = PROSE.removesuffix(" ") * 40
+    plain, task = Needle(TEXT, haystack=text), Needle(TEXT, haystack=text, haystack_numbers=0.2)
+    before, after = TEXT.decode(plain.haystack), TEXT.decode(task.haystack)
+    numbers = re.findall(r" ([0-9][0-9,]*)(?= [A-Za-z])", after)
+    assert re.sub(r" [0-9][0-9,]*(?= [A-Za-z])", "", after) == before
+    assert 0.15 < len(numbers) / len(before.split()) < 0.25
+    assert {len(number.replace(",", "")) for number in numbers} == set(range(1, 8))
+    assert any("," in number for number in numbers) and any(number.endswith("00") for number in numbers)
+    assert task.haystack == Needle(TEXT, haystack=text, haystack_numbers=0.2).haystack
+
+
 def test_a_continued_sample_has_no_intro():
     for name in ("passkey", "needle"):
         task = TASKS[name](text_tokenizer(begin=True), segment_length=SEGMENT)
@@ -291,6 +305,7 @@ def test_copy_uses_no_special_token_of_a_tokenizer():
         (lambda: Needle(TEXT, values="colors"), "values is 'colors': choose one of numbers, words, uuids"),
         (lambda: Needle(TEXT, num_needles=0), "num_needles is 0: give 1 to"),
         (lambda: Needle(TEXT, num_needles=2, num_questions=3), "num_questions is 3: give 1 to num_needles"),
+        (lambda: Needle(TEXT, haystack_numbers=1.5), "haystack_numbers is 1.5: give a share of words, from 0 to 1"),
         (lambda: Needle(TEXT, haystack=[]), "haystack is empty: give prose"),
         (lambda: Copy(), "tokenizer and vocab_size are missing: give one"),
         (lambda: Copy(vocab_size=2), "vocab_size is 2: .* at least 3"),
