@@ -145,7 +145,7 @@ def long_tables(content: dict[str, Any]) -> list[str]:
     ]
     return [
         table(["tokens", "tokens/s"], rows),
-        f"Long over short: {content['long_over_short']:.3f}. The same in the last quarter of the long text over that in the "
+        f"A window over the text beside it: {timed(content['pair_ratios'])}. The same in the last quarter of the long text over that in the "
         f"first: {content['end_over_start']:.3f}.",
     ]
 

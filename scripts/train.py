@@ -237,7 +237,7 @@ class Training:
         trained = sum(p.numel() for p in self.infini_model.parameters() if p.requires_grad)
         self.say(
             f"{parameters / 1e6:.1f} million parameters, {trained / 1e6:.2f} million trained; "
-            f"N = {self.segment_length}, {accelerator.num_processes} process(es), {accelerator.mixed_precision} precision"
+            f"N = {self.segment_length}, {accelerator.num_processes} process(es), mixed precision: {accelerator.mixed_precision}"
         )
         evaluation = None
         progress = tqdm(

@@ -85,7 +85,7 @@ def test_full_attention_is_measured_up_to_a_limit(folder, capsys) -> None:
 
 
 def test_a_long_text_is_read_in_turn_with_short_ones(folder, capsys) -> None:
-    """Windows of whole blocks, through one cache; all of them are in the result."""
+    """Windows of whole blocks, through one cache; all of them are in the result, and what those beside a text take."""
     sizes = [
         "--segments",
         "1",
@@ -103,6 +103,10 @@ def test_a_long_text_is_read_in_turn_with_short_ones(folder, capsys) -> None:
     result = json.loads(capsys.readouterr().out)["long"]
     assert (result["tokens"], result["window"], len(result["windows_tokens_per_s"])) == (60, 20, 3)
     assert result["rule"] == "delta" and result["long_over_short"] > 0 and result["end_over_start"] > 0
+    first, _, last = result["windows_tokens_per_s"]  # of three windows these two have a text beside them
+    short = sorted(result["short_tokens_per_s"][name] for name in ("min", "max"))
+    ratios = result["pair_ratios"]
+    assert {first / a for a in short} | {last / a for a in short} >= {ratios["min"], ratios["max"]}
     assert benchmark.main([str(folder), "--tasks", "prefill", *sizes, "--long-length", "20"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --long-length is 20: give at least two windows")
 
@@ -322,6 +326,7 @@ def a_result() -> dict:
             "windows_tokens_per_s": [900.0, 901.0],
             "short_tokens_per_s": few,
             "long_tokens_per_s": few,
+            "pair_ratios": few,
             "long_over_short": 0.99,
             "end_over_start": 1.01,
         },
