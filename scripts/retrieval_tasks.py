@@ -243,6 +243,8 @@ class Needle(RetrievalTask):
         haystack: the prose, as tokens or as a text; without it, the sentences of `Passkey`. Each sample begins at
             another of its sentences.
         values: `"numbers"` (seven digits), `"words"` or `"uuids"`.
+        few_digits: share of the numbers that have two or three different digits only: one that is copied by looking at the
+            digit before goes wrong there.
         num_needles: values in a sample, each under a key of its own.
         num_questions: how many of them are asked for, one after another: more to learn from a long text.
         haystack_numbers: share of the haystack's words before which a number is put, to be told from the needles': books
@@ -257,6 +259,7 @@ class Needle(RetrievalTask):
         haystack: Sequence[int] | str | None = None,
         haystack_numbers: float = 0.0,
         values: str = "numbers",
+        few_digits: float = 0.0,
         num_needles: int = 1,
         num_questions: int = 1,
         segment_length: int | None = None,
@@ -269,9 +272,10 @@ class Needle(RetrievalTask):
             raise ValueError(f"num_needles is {num_needles}: give 1 to {len(ADJECTIVES) * len(NOUNS)}")
         if not 1 <= num_questions <= num_needles:
             raise ValueError(f"num_questions is {num_questions}: give 1 to num_needles, which is {num_needles}")
-        if not 0 <= haystack_numbers <= 1:
-            raise ValueError(f"haystack_numbers is {haystack_numbers}: give a share of words, from 0 to 1")
-        self.tokenizer, self.values = tokenizer, values
+        for name, share in (("haystack_numbers", haystack_numbers), ("few_digits", few_digits)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}: give a share, from 0 to 1")
+        self.tokenizer, self.values, self.few_digits = tokenizer, values, few_digits
         self.num_needles, self.num_questions = num_needles, num_questions
         noun = f"special magic {values if num_needles > 1 else values.removesuffix('s')}"
         hidden = f"Some {noun} are hidden" if num_needles > 1 else f"A {noun} is hidden"
@@ -301,6 +305,10 @@ class Needle(RetrievalTask):
 
     def draw_value(self, rng: random.Random) -> str:
         if self.values == "numbers":
+            # Without `few_digits` nothing but the number is drawn, so that a seed goes on giving the same samples.
+            if self.few_digits and rng.random() < self.few_digits:
+                digits = rng.sample("123456789", rng.randint(2, 3))
+                return "".join(rng.choices(digits, k=7))
             return str(rng.randrange(10**6, 10**7))
         return draw_words(rng, 1)[0] if self.values == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
 

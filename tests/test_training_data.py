@@ -252,6 +252,13 @@ def test_numbers_of_the_haystack_are_put_before_words_of_it():
     assert task.haystack == Needle(TEXT, haystack=text, haystack_numbers=0.2).haystack
 
 
+def test_some_numbers_have_few_digits():
+    task, rng = Needle(TEXT, haystack=PROSE, few_digits=0.5), random.Random(0)
+    kinds = [len(set(task.draw_value(rng))) for _ in range(400)]
+    assert 0.4 < sum(kind <= 3 for kind in kinds) / len(kinds) < 0.6 and max(kinds) == 7
+    assert all(len(task.draw_value(rng)) == 7 for _ in range(50))
+
+
 def test_a_continued_sample_has_no_intro():
     for name in ("passkey", "needle"):
         task = TASKS[name](text_tokenizer(begin=True), segment_length=SEGMENT)
@@ -305,7 +312,8 @@ def test_copy_uses_no_special_token_of_a_tokenizer():
         (lambda: Needle(TEXT, values="colors"), "values is 'colors': choose one of numbers, words, uuids"),
         (lambda: Needle(TEXT, num_needles=0), "num_needles is 0: give 1 to"),
         (lambda: Needle(TEXT, num_needles=2, num_questions=3), "num_questions is 3: give 1 to num_needles"),
-        (lambda: Needle(TEXT, haystack_numbers=1.5), "haystack_numbers is 1.5: give a share of words, from 0 to 1"),
+        (lambda: Needle(TEXT, haystack_numbers=1.5), "haystack_numbers is 1.5: give a share, from 0 to 1"),
+        (lambda: Needle(TEXT, few_digits=-1), "few_digits is -1: give a share, from 0 to 1"),
         (lambda: Needle(TEXT, haystack=[]), "haystack is empty: give prose"),
         (lambda: Copy(), "tokenizer and vocab_size are missing: give one"),
         (lambda: Copy(vocab_size=2), "vocab_size is 2: .* at least 3"),
