@@ -307,8 +307,8 @@ class Needle(RetrievalTask):
         if self.values == "numbers":
             # Without `few_digits` nothing but the number is drawn, so that a seed goes on giving the same samples.
             if self.few_digits and rng.random() < self.few_digits:
-                digits = rng.sample("123456789", rng.randint(2, 3))
-                return "".join(rng.choices(digits, k=7))
+                digits = rng.sample("0123456789", rng.randint(2, 3))
+                return rng.choice([digit for digit in digits if digit != "0"]) + "".join(rng.choices(digits, k=6))
             return str(rng.randrange(10**6, 10**7))
         return draw_words(rng, 1)[0] if self.values == "words" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
