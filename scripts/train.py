@@ -12,8 +12,8 @@ line an entry is a path, a Hub id, or a JSON object: `--data books/ '{"task": "p
 
 Sequences are trained whole, with exact gradients through the memory, unless `--detach_segments` says otherwise. Their
 length may grow during training (`--sequence_length 192 384 768`), after a number of steps or when the loss has fallen.
-With *state passing* sequences start from the memory of other, longer text, so that the model sees memories as full as
-those that it will meet later, and inputs stay short.
+With *state passing* sequences start from the memory of other, longer text, and those of a document from that of what
+comes before, so that the model sees memories as full as those that it will meet later, and inputs stay short.
 
 OUTPUT gets `model/` (or `adapter/` and, merged, `model/`) at the end, `checkpoints/`, `log.jsonl` with one line per
 step, and the files of the tracker. Checkpoints are complete and appear whole: a run that was killed at any moment goes
@@ -84,17 +84,20 @@ SCALE_GROWTH = 1.25  # of `state_passing_scale`, a stage of the curriculum
 class CarriedMemory:
     """The memory of a text that grows without gradient, from which sequences start (arXiv 2507.02782).
 
-    Of each length that is twice another it keeps what it was last, so that memories of all lengths are at hand at any time,
-    when it has once grown to the largest.
+    Of a task, whose samples go on from any of them, it keeps of each length that is twice another what it was last, so that
+    memories of all lengths are at hand at any time, when it has once grown to the largest. A text goes on from where its
+    memory ends.
 
     Args:
         model: that reads.
         max_tokens: the largest length, after which another text is begun.
+        is_task: whose haystack it reads.
     """
 
-    def __init__(self, model: InfiniLlamaForCausalLM, max_tokens: int):
-        self.config, self.max_tokens = model.config, max_tokens
+    def __init__(self, model: InfiniLlamaForCausalLM, max_tokens: int, is_task: bool = True):
+        self.config, self.max_tokens, self.is_task = model.config, max_tokens, is_task
         self.tokens = self.grown_at = 0
+        self.document: tuple[int, ...] | None = None
         self.cache: InfiniCache | None = None
         self.kept: dict[int, InfiniCache] = {}  # by the bits of the number of tokens
 
@@ -108,10 +111,12 @@ class CarriedMemory:
         for piece in text.split(length, dim=1):
             model(input_ids=piece, past_key_values=self.cache, use_cache=False, logits_to_keep=1)
             self.tokens += length
+            if not self.is_task:
+                self.kept.clear()
             self.kept[self.tokens.bit_length()] = copy.deepcopy(self.cache)
 
     def rows(self, num_rows: int, rng: random.Random, max_scale: float) -> InfiniCache:
-        """A copy, for a batch, of one of the kept memories; each row times a factor from 1 to `max_scale`, drawn evenly on
+        """A copy, for a batch, of any of the kept memories; each row times a factor from 1 to `max_scale`, drawn evenly on
         a logarithmic scale.
 
         c M and c z are what `linear` remembers of c copies of the text; so are they for `delta`, once what is read back
@@ -130,10 +135,10 @@ class CarriedMemory:
 
     def state_dict(self) -> dict[str, Any]:
         kept = {bits: _state_of(cache) for bits, cache in self.kept.items()}
-        return {"tokens": self.tokens, "grown_at": self.grown_at, "kept": kept}
+        return {"tokens": self.tokens, "grown_at": self.grown_at, "document": self.document, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.tokens, self.grown_at = state["tokens"], state["grown_at"]
+        self.tokens, self.grown_at, self.document = state["tokens"], state["grown_at"], state["document"]
         for bits, layers in state["kept"].items():
             self.kept[bits] = cache = InfiniCache(self.config)
             for layer, (tensors, timeline, written_with) in zip(cache.layers, layers, strict=True):
@@ -372,8 +377,9 @@ class Training:
         for rank in range(accelerator.num_processes):
             rng = random.Random(f"{self.options.seed}/memory/{self.step}/{index}/{rank}")
             continued = rng.random() < self.options.state_passing
-            batch = self.mixture.next(num_rows, length, continued=continued)
-            memory, text = self.carry(batch.source, length, rank) if continued else (None, None)
+            source = self.mixture.next_source()
+            memory, text = self.carry(source, num_rows, length, rank) if continued else (None, None)
+            batch = self.mixture.next(num_rows, length, source=source, continued=continued)
             anyone_reads |= text is not None
             if rank == accelerator.process_index:
                 mine = batch, memory, text
@@ -395,27 +401,35 @@ class Training:
         tensors = batch.input_ids, positions, batch.labels, batch.loss_weights
         return Batch(batch.source, *(x.to(device) for x in tensors)), cache
 
-    def carry(self, source: str, length: int, rank: int) -> tuple[CarriedMemory, torch.LongTensor | None]:
-        """The memory of other text of the same source, and the text that it is to read now, if it is time.
+    def carry(
+        self, source: str, num_rows: int, length: int, rank: int
+    ) -> tuple[CarriedMemory, torch.LongTensor | None]:
+        """The memory that a batch of this source goes on from, and the text that it is to read now, if it is time.
 
-        Every process draws the texts of all, so that their places in the sources agree, and reads its own.
+        For a text it is that of the document so far, but for what was trained on; the rows of the batch come after it, one
+        after another. Every process draws the texts of all, so that their places in the sources agree, and reads its own.
         """
         key = f"{source}/{rank}"
-        if key not in self.memories:
-            self.memories[key] = CarriedMemory(self.infini_model, self.options.state_passing_tokens)
-        memory = self.memories[key]
-        growth = length * self.options.state_passing_growth
-        is_due = memory.tokens == 0 or self.step - memory.grown_at >= self.options.state_passing_every
-        if not is_due:
+        memory = self.memories.setdefault(key, self.carried_memory(source))
+        growth, ahead = length * self.options.state_passing_growth, length * num_rows
+        is_due = self.step - memory.grown_at >= self.options.state_passing_every
+        document = self.mixture.document(source, room=growth + ahead if is_due else ahead)
+        goes_on = document is not None and document == memory.document
+        if goes_on and not is_due:
             return memory, None
-        is_new = memory.tokens == 0 or memory.tokens + growth > memory.max_tokens
+        is_new = not goes_on or memory.tokens + growth > memory.max_tokens
         if is_new:
             memory.begin()
         memory.grown_at = self.step
-        text = self.mixture.filler(source, growth, start=is_new)
+        text = self.mixture.filler(source, growth, start=is_new, ahead=ahead)
+        memory.document = self.mixture.document(source)
         if rank != self.accelerator.process_index:
             memory.tokens += growth
         return memory, text
+
+    def carried_memory(self, source: str) -> CarriedMemory:
+        is_task = self.mixture.sources[source].is_task
+        return CarriedMemory(self.infini_model, self.options.state_passing_tokens, is_task)
 
     def require_finite(self, name: str, value: float, source: str) -> None:
         if not math.isfinite(value):
@@ -591,7 +605,7 @@ class Training:
         self.window.extend(state["window"])
         self.mixture.load_state_dict(state["mixture"])
         for key, memory in own.items():
-            self.memories[key] = CarriedMemory(self.infini_model, self.options.state_passing_tokens)
+            self.memories[key] = self.carried_memory(key.rpartition("/")[0])
             self.memories[key].load_state_dict(memory, self.accelerator.device)
         self.say(f"Going on from '{checkpoint}'")
 

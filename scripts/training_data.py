@@ -126,25 +126,31 @@ class Mixture:
         """How many documents of each text were left out so far for being too short, counted anew in each epoch."""
         return {name: source.rows.skipped for name, source in self.sources.items() if isinstance(source, _Text)}
 
-    def next(self, num_rows: int, length: int, *, continued: bool = False) -> Batch:
+    def next_source(self) -> str:
+        """Draw the name of the source that the next batch is of."""
+        rng = random.Random(f"{self.seed}/batch/{self.batches}")
+        self.batches += 1
+        return rng.choices(list(self.sources), self.weights)[0]
+
+    def next(self, num_rows: int, length: int, *, source: str | None = None, continued: bool = False) -> Batch:
         """Return the next batch, all of one source.
 
         Args:
-            num_rows: independent sequences.
+            num_rows: sequences.
             length: tokens of each, a multiple of the segment length.
-            continued: the rows will go on from a memory of `filler` of their source: samples of a task have no intro.
-                The caller shifts positions, those before the first restart: what follows there is another document.
+            source: its name, which `next_source` has drawn; None draws it.
+            continued: the rows will go on from a memory of `filler` of their source: those of a text are what comes after
+                it, samples of a task have no intro. The caller shifts positions, those before the first restart: what
+                follows there is another document.
         """
         if num_rows < 1:
             raise ValueError(f"num_rows is {num_rows}: give at least 1")
         self._require_segments(length)
-        rng = random.Random(f"{self.seed}/batch/{self.batches}")
-        (name,) = rng.choices(list(self.sources), self.weights)
-        rows = [self.sources[name].row(length, continued) for _ in range(num_rows)]
-        self.batches += 1
+        name = self.next_source() if source is None else source
+        rows = [self._source(name).row(length, continued) for _ in range(num_rows)]
         return Batch(name, *map(torch.stack, zip(*rows)))
 
-    def filler(self, source: str, length: int, start: bool) -> torch.LongTensor:
+    def filler(self, source: str, length: int, start: bool, ahead: int = 0) -> torch.LongTensor:
         """Return the next tokens (1, length) to read into a memory, before batches that are `continued`.
 
         A text has a place of its own for this. From there come tokens of one document, if it has enough left, or
@@ -154,11 +160,21 @@ class Mixture:
             source: its name.
             length: a multiple of the segment length.
             start: whether the memory is empty so far: a task then begins with its intro. Texts do not care.
+            ahead: how many more tokens the same document should have, for the batch that goes on from there.
         """
-        if source not in self.sources:
-            raise ValueError(f"source {source!r} is not one of {', '.join(self.sources)}: name one of them")
         self._require_segments(length)
-        return self.sources[source].filler(length, start)[None]
+        return self._source(source).filler(length, start, ahead)[None]
+
+    def document(self, source: str, room: int = 0) -> tuple[int, ...] | None:
+        """Return what tells the document that `filler` is in from others; None if it has not been begun, or has fewer than
+        `room` tokens left. A task is one document.
+        """
+        return self._source(source).document(room)
+
+    def _source(self, name: str) -> "_Text | _Task":
+        if name not in self.sources:
+            raise ValueError(f"source {name!r} is not one of {', '.join(self.sources)}: name one of them")
+        return self.sources[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the mixture stands, in what JSON can hold."""
@@ -196,17 +212,21 @@ class _Text:
         self.fillers = self.rows.in_another_order("filler")
 
     def row(self, length: int, continued: bool) -> tuple[torch.Tensor, ...]:
-        pieces = self.rows.read(length)
+        pieces = (self.fillers if continued else self.rows).read(length)
         ids = torch.cat(pieces)
         positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
         is_target = positions > 0
         weights = is_target / max(length - 1, 1)
         return ids, positions, ids.where(is_target, NO_TARGET), weights
 
-    def filler(self, length: int, start: bool) -> torch.Tensor:
-        if self.fillers.offset > 0 and self.fillers.tokens_left() < length:
+    def filler(self, length: int, start: bool, ahead: int) -> torch.Tensor:
+        if self.fillers.offset > 0 and self.document(length + ahead) is None:
             self.fillers.leave_document()
         return torch.cat(self.fillers.read(length))
+
+    def document(self, room: int) -> tuple[int, ...] | None:
+        stream = self.fillers
+        return (stream.epoch, stream.index) if stream.offset > 0 and stream.tokens_left() >= room else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows.state_dict(), "fillers": self.fillers.state_dict()}
@@ -438,10 +458,13 @@ class _Task:
         weights[0] = 0
         return ids, positions, ids.where(weights > 0, NO_TARGET), weights
 
-    def filler(self, length: int, start: bool) -> torch.Tensor:
+    def filler(self, length: int, start: bool, ahead: int) -> torch.Tensor:
         ids = self.task.filler(random.Random(f"{self.seed}/filler/{self.fillers}"), length, start)
         self.fillers += 1
         return torch.tensor(ids)
+
+    def document(self, room: int) -> tuple[int, ...] | None:
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.samples, "fillers": self.fillers}

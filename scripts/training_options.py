@@ -77,7 +77,8 @@ class TrainingOptions:
 
     state_passing: float = option(
         0.0,
-        "Share of sequences that start from the memory of other text, of any length that it has had while it grew.",
+        "Share of sequences that start from a memory: of a task, of other text, of any length that it has had while it "
+        "grew; of a document, of what comes before.",
     )
     state_passing_tokens: int = option(65536, "How long that text becomes at most, before another is begun.")
     state_passing_every: int = option(2, "It grows, without gradient, every so many steps,")

@@ -581,7 +581,31 @@ def test_a_sequence_with_a_passed_state_is_the_end_of_a_longer_text(source, trai
         assert call.loss.item() == pytest.approx(loss, rel=1e-5)
         different += abs(loss - (alone * call.shift_weights).sum().item() / rows) > 1e-3
     assert different == 16
-    assert len({call.position_ids[0, 0].item() for call in calls if call.is_trained}) > 2
+    lengths = {call.position_ids[0, 0].item() for call in calls if call.is_trained}
+    # Documents that are shorter than a memory and a batch: each memory is a new one.
+    assert lengths == {2 * N} if source == "texts" else len(lengths) > 2
+
+
+def test_a_sequence_of_a_document_goes_on_where_its_memory_ends(training, tmp_path, settings):
+    """And its memory where the last one ended, but for what was trained on; at the document's end another one is begun."""
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    texts = [random_words(random.Random(i), 30 * N) for i in range(3)]
+    documents = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = training(
+        data=[str(tmp_path / "books.jsonl")], state_passing=1.0, state_passing_tokens=1000 * N, max_steps=40
+    )
+    calls, read = watch(run), []
+    for _ in range(20):
+        run.train_step()
+    begun = 0
+    for call in calls:
+        if not call.is_trained:
+            begun += call.past_key_values.get_seq_length() == 0
+            read = [] if call.past_key_values.get_seq_length() == 0 else read
+        read += call.input_ids.flatten().tolist()
+        assert any(document[: len(read)] == read for document in documents)
+    assert begun > 2
 
 
 def test_a_passed_state_sends_no_gradient_and_stays_as_it_was(training, book):
@@ -599,11 +623,11 @@ def test_a_passed_state_sends_no_gradient_and_stays_as_it_was(training, book):
         assert_equal(early.state(), late.state())
 
 
-def test_a_passed_state_grows_every_so_many_steps_to_the_largest_size_and_again(training, book):
-    """By so many sequences, one after another; steps start from all octaves of the sizes that it has had."""
+def test_a_passed_state_grows_every_so_many_steps_to_the_largest_size_and_again(training):
+    """By so many sequences, one after another; a task's steps start from all octaves of the sizes that it has had."""
     length, every, growth, most = 2 * N, 3, 2, 20 * N
     run = training(
-        data=[book],
+        data=[COPY],
         state_passing=1.0,
         state_passing_every=every,
         state_passing_growth=growth,

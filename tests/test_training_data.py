@@ -1,5 +1,6 @@
 """`scripts/retrieval_tasks.py` and `scripts/training_data.py`: what a model is trained on, token by token."""
 
+import copy
 import gzip
 import itertools
 import json
@@ -544,8 +545,19 @@ def test_a_loaded_state_goes_on_exactly_where_it_was_saved(tmp_path, done):
     again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
     expected = draw(mixture, 25)
     assert agree(expected, draw(resumed, 25)) and agree(expected, draw(again, 25))
-    assert resumed.state_dict() == mixture.state_dict() and resumed.skipped_documents == mixture.skipped_documents
+    assert without_place(resumed.state_dict()) == without_place(mixture.state_dict())
+    assert resumed.skipped_documents == mixture.skipped_documents
     assert json.dumps(state) == kept
+
+
+def without_place(state: dict) -> dict:
+    """Datasets tells one place of a stream in several ways, by where its iterator began."""
+    sources = copy.deepcopy(state["sources"])
+    for source in sources.values():
+        for stream in source.values():
+            if isinstance(stream, dict):
+                del stream["place"]
+    return state | {"sources": sources}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -573,6 +585,22 @@ def test_text_for_memories_has_a_place_of_its_own(tmp_path):
         fillers.append(with_fillers.filler("a", 4, start=False))
         assert same(with_fillers.next(1, 10), batch)
     assert agree(fillers, [fillers_alone.filler("a", 4, start=False) for _ in fillers])
+
+
+def test_continued_rows_of_a_text_come_after_what_its_memory_read(tmp_path):
+    """One after another, in the same document, which is left where it has too few tokens for memory and batch."""
+    source = str(write_jsonl(tmp_path / "a.jsonl", numbered(90, 90)))
+    mixture = numbers_mixture({"source": source, "name": "a"})
+    assert mixture.document("a") is None
+    for _ in range(3):
+        read, documents = [], set()
+        for index in range(3):
+            (text,) = mixture.filler("a", 8, start=index == 0, ahead=20).tolist()
+            documents.add(mixture.document("a"))
+            rows = mixture.next(2, 10, source="a", continued=True).input_ids.tolist()
+            read += [*text, *rows[0], *rows[1]]
+        assert read == list(range(read[0], read[0] + 84)) and read[0] % 90 == 0 and len(documents) == 1
+        assert mixture.document("a", room=7) in documents and mixture.document("a", room=8) is None
 
 
 def test_text_for_memories_stays_in_a_document_that_has_enough_left(tmp_path):
