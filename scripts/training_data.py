@@ -27,7 +27,8 @@ Files are .txt (each is one document), .jsonl, .json, .csv or .parquet, of one k
 A text is a stream of tokens: its documents one after another, each with the tokens that the tokenizer begins texts
 with and an end-of-text token, in an order that is drawn anew for each epoch (unless it is streamed). The rows of a
 batch are the next tokens of the stream, so nothing is padded, dropped or repeated. The part of a document that is in
-one row is a *piece*; positions restart at each, so that the model gives it an empty memory.
+one row is a *piece*; positions restart at each, so that the model gives it an empty memory. Rows that go on from a
+memory are of a second such stream, in another order, which that memory reads as well.
 
 Everything is drawn from the seed and from counters, which are the state: the same seed gives the same batches, and a
 mixture that loads a state goes on exactly where it was saved.
