@@ -671,18 +671,28 @@ def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTr
 
 def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torch.nn.Module:
     """LoRA on the projections, and the gates themselves; a new one, or one that is there."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
 
+    gates = ["memory_gate", "write_gate"] if model.config.write_gate else ["memory_gate"]
     if options.adapter is not None:
         try:
-            return PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
+            config = PeftConfig.from_pretrained(options.adapter)
+            if set(gates) <= set(config.modules_to_save or []):
+                return PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
+            # An adapter from before the model had write gates goes on with those of the model.
+            config.modules_to_save, config.inference_mode = gates, False
+            own = {f"base_model.model.{name}": x for name, x in model.state_dict().items() if "_gate." in name}
+            adapted = get_peft_model(model, config)
+            set_peft_model_state_dict(adapted, own | load_peft_weights(options.adapter, device="cpu"))
+            return adapted
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise InputError(f"`adapter` '{options.adapter}' cannot be loaded ({one_line(error)})") from error
     lora = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
         target_modules=options.lora_target_modules,
-        modules_to_save=["memory_gate", "write_gate"] if model.config.write_gate else ["memory_gate"],
+        modules_to_save=gates,
         task_type="CAUSAL_LM",
     )
     try:

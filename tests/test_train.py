@@ -772,6 +772,28 @@ def test_an_adapter_goes_on_where_another_run_left_it(run, training, tmp_path):
 
 
 @with_peft
+def test_an_adapter_goes_on_with_write_gates_that_its_model_has_since(run, training, tokenizer, tmp_path):
+    """They start as the model's, and are trained and saved; what the adapter had goes on."""
+    first = run(output=tmp_path / "first", lora_rank=2)
+    model = save_model(tmp_path / "gated", tokenizer, write_gate=True)
+    start = training(model=model, output=tmp_path / "start", adapter=first.output / "adapter")
+    before, own = (
+        load_file(first.output / "adapter" / "adapter_model.safetensors"),
+        load_file(model / "model.safetensors"),
+    )
+    names = {
+        name.replace(".default", "").replace(".modules_to_save", ""): x for name, x in start.model.named_parameters()
+    }
+    assert all(torch.equal(names[name], x) for name, x in before.items())
+    gates = {name: x for name, x in names.items() if "write_gate" in name and "original" not in name}
+    assert gates and all(x.requires_grad for x in gates.values())
+    assert all(torch.equal(x, own[name.removeprefix("base_model.model.")]) for name, x in gates.items())
+    second = run(model=model, output=tmp_path / "second", adapter=first.output / "adapter", gate_learning_rate=0.05)
+    after = load_file(second.output / "adapter" / "adapter_model.safetensors")
+    assert set(after) == {*before, *gates} and any(not torch.equal(after[name], gates[name]) for name in gates)
+
+
+@with_peft
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["model", "adapter"])
 def test_what_a_run_gives_can_be_bfloat16(options, run):
     """And is then loaded as such; gates are float32 in any model."""
