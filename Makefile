@@ -9,7 +9,7 @@ MODEL ?=
 TEXT ?=
 DEMO_ARGS ?=
 # A test takes one core: as many at a time as there are cores, and not more than four
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+PYTEST_ARGS ?= -n logical --maxprocesses 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -406,8 +406,8 @@ class Training:
     ) -> tuple[CarriedMemory, torch.LongTensor | None]:
         """The memory that a batch of this source goes on from, and the text that it is to read now, if it is time.
 
-        For a text it is that of the document so far, but for what was trained on; the rows of the batch come after it, one
-        after another. Every process draws the texts of all, so that their places in the sources agree, and reads its own.
+        For a text it is that of the document so far, but for what was trained on and what other processes read; the rows of
+        the batch come after it, one after another. Every process draws the texts of all, so that their places in the sources agree, and reads its own.
         """
         key = f"{source}/{rank}"
         memory = self.memories.setdefault(key, self.carried_memory(source))

@@ -548,6 +548,10 @@ def test_a_loaded_state_goes_on_exactly_where_it_was_saved(tmp_path, done):
     assert without_place(resumed.state_dict()) == without_place(mixture.state_dict())
     assert resumed.skipped_documents == mixture.skipped_documents
     assert json.dumps(state) == kept
+    ends = [mixed(tmp_path), mixed(tmp_path)]
+    for end, before in zip(ends, (mixture, resumed)):
+        end.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert agree(draw(ends[0], 10), draw(ends[1], 10))
 
 
 def without_place(state: dict) -> dict:
