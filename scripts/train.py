@@ -172,7 +172,7 @@ class Training:
             )
         if (self.output / "model").exists() and not latest_checkpoint(self.output):
             raise InputError(f"output '{self.output}' has a 'model' already, which would be replaced: name another")
-        precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16")
+        precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", default_precision())
         self.accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -632,6 +632,14 @@ class Training:
             # The config gets the model's dtype.
             model.to(dtype).save_pretrained(folder, state_dict=rounded(weights, dtype))
             self.tokenizer.save_pretrained(folder)
+
+
+def default_precision() -> str:
+    """bf16, and float32 on a CPU without instructions for it, where products in bf16 take many times as long."""
+    if torch.accelerator.is_available() or not hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
+        return "bf16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "no"
 
 
 def rounded(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

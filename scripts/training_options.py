@@ -61,7 +61,9 @@ class TrainingOptions:
     adam_beta2: float = option(0.95, "AdamW's.")
 
     mixed_precision: str | None = option(
-        None, "Precision of matrix products; the launcher's, or bf16.", choices=["no", "bf16", "fp16"]
+        None,
+        "Precision of matrix products; the launcher's, or bf16, but float32 (no) on a CPU that has no instructions for bf16.",
+        choices=["no", "bf16", "fp16"],
     )
     activation_checkpointing: bool = option(
         True,

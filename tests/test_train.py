@@ -36,7 +36,7 @@ from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts import train
 from infini_llama.scripts.generate import compile_layers
 from infini_llama.scripts.retrieval_tasks import FILLER, INTRO
-from infini_llama.scripts.train import Training
+from infini_llama.scripts.train import Training, default_precision
 from infini_llama.scripts.training_options import TrainingOptions, parse_options
 
 ROOT = Path(__file__).parent.parent
@@ -442,12 +442,29 @@ def test_accumulated_batches_are_one_batch(run, book, tmp_path):
 
 
 def test_precision_of_products_changes_the_losses_a_little(run, tmp_path):
-    """bf16, the default, is on; the weights stay float32."""
+    """bf16 is on; the weights stay float32."""
     exact = run(output=tmp_path / "exact")
     rounded = run(output=tmp_path / "rounded", mixed_precision="bf16")
     assert column(rounded.log, "loss") != column(exact.log, "loss")
     assert column(rounded.log, "loss") == pytest.approx(column(exact.log, "loss"), rel=0.02)
     assert {tensor.dtype for tensor in weights(rounded.model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "able, precision",
+    [
+        ({"avx2": True}, "no"),
+        ({"avx512_f": True, "avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"bf16": True}, "bf16"),
+    ],
+)
+def test_the_precision_is_float32_where_bf16_has_no_instructions(able, precision, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert default_precision() == precision
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert default_precision() == "bf16"
 
 
 @pytest.mark.parametrize("passing", [0.0, 1.0])
