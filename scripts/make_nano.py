@@ -5,21 +5,32 @@
 
 The tokenizer is byte-level BPE with 1,024 tokens and single digits, learned from Python's own documentation and from the
 sentences of the passkey task. There are no weights in the folder: `--from_scratch` begins with random ones.
+
+    python scripts/make_nano.py ./nano-pairs --pair-digits models/nano-needle
+
+gives a trained one a token for each pair of digits, to be trained on: the memory finds what to say next by what was said
+last, and of the digits of a number one usually comes twice, of its pairs hardly ever.
 """
 
 import argparse
+import itertools
+import json
 import sys
 from pydoc_data.topics import topics
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from infini_llama.configuration_infini import InfiniLlamaConfig
+from infini_llama.modeling_infini import InfiniLlamaForCausalLM
+from infini_llama.scripts.generate import InputError, load_model, say
 from infini_llama.scripts.retrieval_tasks import FILLER, INTRO
 
-__all__ = ["nano_config", "nano_tokenizer"]
+__all__ = ["nano_config", "nano_tokenizer", "pair_digits"]
 
 END = "<|endoftext|>"
+DIGITS = "0123456789"
 PASSKEY = " The pass key is . Remember it. What is the pass key? The pass key is"
 
 
@@ -59,12 +70,59 @@ def nano_config() -> InfiniLlamaConfig:
     )
 
 
+def pair_digits(
+    model: InfiniLlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> tuple[InfiniLlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Give a model of single digits a token for each pair of them; `1234567` is then read as `12 34 56 7`.
+
+    A pair's embedding is between those of its digits, nearer to the first one's, with some noise: no two are alike, and what
+    the model knows of digits holds for them, more or less. It has to be trained.
+
+    Returns:
+        the same model, with 100 rows more in its embeddings, and another tokenizer.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, splits = parts["model"]["vocab"], parts["pre_tokenizer"].get("pretokenizers", [])
+    if not splits or splits[0] != {"type": "Digits", "individual_digits": True}:
+        raise InputError("the tokenizer does not read single digits: give a model whose tokenizer make_nano.py wrote")
+    splits[0] = {"type": "Split", "pattern": {"Regex": r"\d{1,2}"}, "behavior": "Isolated", "invert": False}
+    singles = [vocabulary[digit] for digit in DIGITS]
+    for pair in itertools.product(DIGITS, repeat=2):
+        vocabulary["".join(pair)] = len(vocabulary)
+        parts["model"]["merges"].append(list(pair))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token=END, pad_token=END
+    )
+    model.resize_token_embeddings(len(vocabulary), mean_resizing=False)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        mean = embeddings[singles].mean(0)
+        of_digit = embeddings[singles] - mean
+        noise = torch.randn(10, 10, len(mean), generator=torch.Generator().manual_seed(0))
+        noise *= 0.5 * of_digit.norm(dim=-1).mean() / noise.norm(dim=-1, keepdim=True)
+        embeddings[-100:] = (mean + 0.75 * of_digit[:, None] + 0.5 * of_digit + noise).flatten(0, 1)
+    return model, tokenizer
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder for config and tokenizer")
-    output = parser.parse_args(argv).output
-    nano_config().save_pretrained(output)
-    nano_tokenizer().save_pretrained(output)
+    parser.add_argument(
+        "--pair-digits", metavar="MODEL", help="folder of a trained one that gets tokens for pairs of digits"
+    )
+    options = parser.parse_args(argv)
+    if options.pair_digits is None:
+        nano_config().save_pretrained(options.output)
+        nano_tokenizer().save_pretrained(options.output)
+        return 0
+    try:
+        model, tokenizer = load_model(options.pair_digits, dtype="float32")
+        model, tokenizer = pair_digits(model, tokenizer)
+    except InputError as error:
+        say(f"error: {error}")
+        return 2
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
     return 0
 
 

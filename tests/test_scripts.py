@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from infini_llama.cache_infini import InfiniCache
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
-from infini_llama.scripts import convert, demo, generate
+from infini_llama.scripts import convert, demo, generate, make_nano
 
 ROOT = Path(__file__).parent.parent
 TEXT = "The sun rose late.\nNobody saw it, as \u00e9 stood before it.\n\n  Then it rained.\nThe end\n"
@@ -515,6 +515,34 @@ def test_the_demo_refuses_what_it_cannot_do(llama, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(demo, "NANO", tmp_path / "nowhere")
     assert demo.main(arguments) == 2
     assert "nowhere' is not there" in capsys.readouterr().err
+
+
+def test_a_nano_gets_tokens_for_pairs_of_digits(tmp_path, folder, capsys):
+    single, paired = tmp_path / "single", tmp_path / "paired"
+    assert make_nano.main([str(single)]) == 0
+    torch.manual_seed(0)
+    InfiniLlamaForCausalLM(make_nano.nano_config()).save_pretrained(single)
+    assert make_nano.main([str(paired), "--pair-digits", str(single)]) == 0
+
+    (before, digits), (after, pairs) = generate.load_model(str(single)), generate.load_model(str(paired))
+    assert len(pairs) == after.config.vocab_size == len(digits) + 100
+    assert pairs.eos_token_id == digits.eos_token_id == after.config.eos_token_id
+    text = " In 1861 they had 1234567 of them."
+    assert pairs.tokenize(" 1234567.") == ["\u0120", "12", "34", "56", "7", "."]
+    assert pairs.decode(pairs(text)["input_ids"]) == text
+    # What is no pair is read as before, by the same model.
+    ids = digits(" The grass is green, 7 times.", return_tensors="pt")["input_ids"]
+    assert pairs(" The grass is green, 7 times.")["input_ids"] == ids[0].tolist()
+    torch.testing.assert_close(after(ids).logits[..., : len(digits)], before(ids).logits)
+    embeddings = after.get_input_embeddings().weight[-100:].detach()
+    assert (
+        after.lm_head.weight is after.get_input_embeddings().weight and torch.unique(embeddings, dim=0).shape[0] == 100
+    )
+
+    for other in (paired, folder):  # pairs already, and no digits at all
+        assert make_nano.main([str(tmp_path / "twice"), "--pair-digits", str(other)]) == 2
+        assert "make_nano.py wrote" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
 
 
 @pytest.mark.parametrize("script", ["generate.py", "demo.py"])
