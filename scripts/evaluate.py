@@ -88,6 +88,7 @@ from infini_llama.scripts.evaluation_tasks import (
 from infini_llama.scripts.generate import (
     DTYPES,
     InputError,
+    adapter_config,
     choose_chat,
     compile_layers,
     default_device,
@@ -221,7 +222,8 @@ def with_adapter(model: torch.nn.Module, adapter: str) -> torch.nn.Module:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        config = adapter_config(model, adapter)
+        return PeftModel.from_pretrained(model, adapter, config=config).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"--adapter '{adapter}' cannot be loaded ({one_line(error)})") from error
 

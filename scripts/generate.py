@@ -40,7 +40,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -54,10 +54,14 @@ from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.modeling_infini import CACHE, InfiniLlamaForCausalLM
 from infini_llama.scripts import retrieval_tasks
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 __all__ = [
     "Answer",
     "InputError",
     "Reading",
+    "adapter_config",
     "answer",
     "choose_chat",
     "compile_layers",
@@ -238,6 +242,20 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model '{name}' cannot be loaded ({one_line(error)})") from error
     return model, tokenizer
+
+
+def adapter_config(model: PreTrainedModel, adapter: str) -> "PeftConfig":
+    """The config of a PEFT adapter for a model.
+
+    Raises:
+        ValueError: it has write gates and the model has none, of which PEFT would say nothing; or PEFT's own errors.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(adapter)
+    if "write_gate" in (config.modules_to_save or []) and not getattr(model.config, "write_gate", False):
+        raise ValueError("it has write gates and the model has none: convert the model with --write-gate")
+    return config
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -50,7 +50,7 @@ from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.memory_infini import MemoryState
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
 from infini_llama.scripts.evaluation_tasks import bucket, bucket_label
-from infini_llama.scripts.generate import InputError, compile_layers, load_model, one_line, say
+from infini_llama.scripts.generate import InputError, adapter_config, compile_layers, load_model, one_line, say
 from infini_llama.scripts.training_data import Batch, Mixture
 from infini_llama.scripts.training_options import FREE_ON_RESUME, TrainingOptions, parse_options
 from infini_llama.timeline_infini import Timeline
@@ -679,13 +679,13 @@ def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTr
 
 def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torch.nn.Module:
     """LoRA on the projections, and the gates themselves; a new one, or one that is there."""
-    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     gates = ["memory_gate", "write_gate"] if model.config.write_gate else ["memory_gate"]
     if options.adapter is not None:
         try:
-            config = PeftConfig.from_pretrained(options.adapter)
+            config = adapter_config(model, options.adapter)
             if set(gates) <= set(config.modules_to_save or []):
                 return PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
             # An adapter from before the model had write gates goes on with those of the model.

@@ -802,6 +802,9 @@ def test_an_adapter_is_merged(run, folders, tmp_path):
     gate = torch.sigmoid(torch.tensor(2.0)).item()
     assert all(row == pytest.approx([gate] * 4) for row in report["cells"]["gates"]["gates"])
     assert "cannot be loaded" in run("--tasks", "gates", "--adapter", tmp_path, output="other", code=2)
+    gated = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["memory_gate", "write_gate"])
+    get_peft_model(tiny_model(vocab_size=len(TOKENIZER), write_gate=True), gated).save_pretrained(tmp_path / "gated")
+    assert "--write-gate" in run("--tasks", "gates", "--adapter", tmp_path / "gated", output="other", code=2)
 
 
 def test_accuracy_is_counted_by_compressions():

@@ -811,6 +811,14 @@ def test_an_adapter_goes_on_with_write_gates_that_its_model_has_since(run, train
 
 
 @with_peft
+def test_an_adapter_with_write_gates_is_refused_by_a_model_without(run, refuses, tokenizer, tmp_path):
+    gated = run(
+        model=save_model(tmp_path / "gated", tokenizer, write_gate=True), output=tmp_path / "gates", lora_rank=2
+    )
+    refuses("`adapter`", "write gates", "--write-gate", lora_rank=0, adapter=gated.output / "adapter")
+
+
+@with_peft
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["model", "adapter"])
 def test_what_a_run_gives_can_be_bfloat16(options, run):
     """And is then loaded as such; gates are float32 in any model."""
