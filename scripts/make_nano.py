@@ -6,7 +6,7 @@
 The tokenizer is byte-level BPE with 1,024 tokens and single digits, learned from Python's own documentation and from the
 sentences of the passkey task. There are no weights in the folder: `--from_scratch` begins with random ones.
 
-    python scripts/make_nano.py ./nano-pairs --pair-digits models/nano-needle
+    python scripts/make_nano.py ./nano-pairs --pair-digits models/nano
 
 gives a trained one a token for each pair of digits, to be trained on: the memory finds what to say next by what was said
 last, and of the digits of a number one usually comes twice, of its pairs hardly ever.
@@ -106,7 +106,7 @@ def pair_digits(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="folder for config and tokenizer")
+    parser.add_argument("output", help="folder to write")
     parser.add_argument(
         "--pair-digits", metavar="MODEL", help="folder of a trained one that gets tokens for pairs of digits"
     )

@@ -407,7 +407,8 @@ class Training:
         """The memory that a batch of this source goes on from, and the text that it is to read now, if it is time.
 
         For a text it is that of the document so far, but for what was trained on and what other processes read; the rows of
-        the batch come after it, one after another. Every process draws the texts of all, so that their places in the sources agree, and reads its own.
+        the batch come after it, one after another. Every process draws the texts of all, so that their places in the
+        sources agree, and reads its own.
         """
         key = f"{source}/{rank}"
         memory = self.memories.setdefault(key, self.carried_memory(source))
@@ -687,7 +688,7 @@ def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torc
         try:
             config = adapter_config(model, options.adapter)
             if set(gates) <= set(config.modules_to_save or []):
-                return PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
+                return PeftModel.from_pretrained(model, options.adapter, is_trainable=True, config=config)
             # An adapter from before the model had write gates goes on with those of the model.
             config.modules_to_save, config.inference_mode = gates, False
             own = {f"base_model.model.{name}": x for name, x in model.state_dict().items() if "_gate." in name}
