@@ -9,12 +9,17 @@ sentences of the passkey task. There are no weights in the folder: `--from_scrat
     python scripts/make_nano.py ./nano-pairs --pair-digits models/nano
 
 gives a trained one a token for each pair of digits, to be trained on: the memory finds what to say next by what was said
-last, and of the digits of a number one usually comes twice, of its pairs hardly ever.
+last, and of the digits of a number one usually comes twice, of its pairs hardly ever. With
+
+    python scripts/make_nano.py ./nano-words --words models/nano-needle stories.txt
+
+the words of a text have a token each.
 """
 
 import argparse
 import itertools
 import json
+import re
 import sys
 from pydoc_data.topics import topics
 
@@ -24,10 +29,10 @@ from transformers import PreTrainedTokenizerFast
 
 from infini_llama.configuration_infini import InfiniLlamaConfig
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
-from infini_llama.scripts.generate import InputError, load_model, say
+from infini_llama.scripts.generate import InputError, load_model, open_text, say
 from infini_llama.scripts.retrieval_tasks import FILLER, INTRO
 
-__all__ = ["nano_config", "nano_tokenizer", "pair_digits"]
+__all__ = ["nano_config", "nano_tokenizer", "pair_digits", "whole_words"]
 
 END = "<|endoftext|>"
 DIGITS = "0123456789"
@@ -104,20 +109,51 @@ def pair_digits(
     return model, tokenizer
 
 
+def whole_words(
+    model: InfiniLlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str
+) -> tuple[InfiniLlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Give a model a token for each word of a text, with the space before it, that has several now.
+
+    A word's embedding is the mean of its parts', with some noise: it has to be trained.
+
+    Returns:
+        both, changed: a row of the embeddings and a token more for each such word.
+    """
+    words = [f" {word}" for word in sorted(set(re.findall("[A-Za-z]+", text)))]
+    parts = {word: tokenizer(word)["input_ids"] for word in words}
+    parts = {word: ids for word, ids in parts.items() if len(ids) > 1}
+    first = len(tokenizer)
+    tokenizer.add_tokens(list(parts))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        noise = torch.randn(len(parts), embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+        noise *= embeddings[:first].std()
+        for row, ids in enumerate(parts.values()):
+            embeddings[first + row] = embeddings[ids].mean(0) + noise[row]
+    return model, tokenizer
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder to write")
     parser.add_argument(
         "--pair-digits", metavar="MODEL", help="folder of a trained one that gets tokens for pairs of digits"
     )
+    parser.add_argument(
+        "--words", nargs=2, metavar=("MODEL", "TEXT"), help="the same, for tokens of the words of a text file"
+    )
     options = parser.parse_args(argv)
-    if options.pair_digits is None:
+    if options.pair_digits is None and options.words is None:
         nano_config().save_pretrained(options.output)
         nano_tokenizer().save_pretrained(options.output)
         return 0
     try:
-        model, tokenizer = load_model(options.pair_digits, dtype="float32")
-        model, tokenizer = pair_digits(model, tokenizer)
+        if options.words is None:
+            model, tokenizer = pair_digits(*load_model(options.pair_digits, dtype="float32"))
+        else:
+            text = "".join(open_text(options.words[1]))
+            model, tokenizer = whole_words(*load_model(options.words[0], dtype="float32"), text)
     except InputError as error:
         say(f"error: {error}")
         return 2

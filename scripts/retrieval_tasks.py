@@ -99,13 +99,22 @@ class RetrievalTask:
             in which the question begins, so that only memory can answer. The others end in that segment: a model that
             never sees one there does not learn to look there. It has no effect without `segment_length`, and for
             samples that are too short for it; there the needle is anywhere.
+        across_segments: probability that such a needle is one which a segment's end cuts in two, if there is a place
+            for it: few are by chance, and a memory has to be shown how to put them together.
     """
 
-    def __init__(self, *, segment_length: int | None = None, outside_last_segment: float = 0.85):
-        if not 0 <= outside_last_segment <= 1:
-            raise ValueError(f"outside_last_segment is {outside_last_segment}: give a probability, from 0 to 1")
+    def __init__(
+        self,
+        *,
+        segment_length: int | None = None,
+        outside_last_segment: float = 0.85,
+        across_segments: float = 0.0,
+    ):
+        for name, share in (("outside_last_segment", outside_last_segment), ("across_segments", across_segments)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}: give a probability, from 0 to 1")
         self.segment_length = segment_length
-        self.outside_last_segment = outside_last_segment
+        self.outside_last_segment, self.across_segments = outside_last_segment, across_segments
         self.intro: list[int] = []
         self.haystack: list[int] = []
         # Ascending places in the haystack at which a needle may be put.
@@ -148,8 +157,11 @@ class RetrievalTask:
                 passed += len(waiting.pop()[1])
             starts.append(len(intro) + cut + passed)
         first, last = starts[0], length - asking - len(asked)
+        cut_in_two = False
         if depth is None:
             if self.segment_length:
+                # Without `across_segments` nothing is drawn, so that a seed goes on giving the same samples.
+                cut_in_two = bool(self.across_segments) and rng.random() < self.across_segments
                 question_segment = (length - asking) // self.segment_length
                 before_segment = question_segment * self.segment_length - len(asked)
                 if rng.random() >= self.outside_last_segment:
@@ -160,8 +172,12 @@ class RetrievalTask:
         allowed = range(bisect.bisect_left(starts, first), bisect.bisect_right(starts, last))
         # Without the end of a sentence in the last segment, the closest before it.
         allowed = allowed or range(bisect.bisect_right(starts, last))
+        if cut_in_two:
+            # How far into its segment a needle starts that does not fit there.
+            late = max(self.segment_length - len(asked), 0)
+            allowed = [i for i in allowed if starts[i] % self.segment_length > late] or allowed
         target = first + depth * (last - first)
-        chosen = allowed.start + closest(starts[allowed.start : allowed.stop], target)
+        chosen = allowed[closest([starts[i] for i in allowed], target)]
         # Sorting is stable: the asked needle comes before others at the same cut, as `starts` has it.
         placed = sorted([(cuts[chosen], asked), *others], key=lambda other: other[0])
         ids, position = list(intro), 0
@@ -205,7 +221,7 @@ class Passkey(RetrievalTask):
         digits: of the number.
         random_start: begin at any token of the sentences. In training it lets segments cut them at all places, as those of a
             long text do; else each sample begins with the first sentence, as the paper's.
-        segment_length, outside_last_segment: see `RetrievalTask`.
+        segment_length, outside_last_segment, across_segments: see `RetrievalTask`.
     """
 
     def __init__(
@@ -216,8 +232,13 @@ class Passkey(RetrievalTask):
         random_start: bool = False,
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
+        across_segments: float = 0.0,
     ):
-        super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
+        super().__init__(
+            segment_length=segment_length,
+            outside_last_segment=outside_last_segment,
+            across_segments=across_segments,
+        )
         if digits < 1:
             raise ValueError(f"digits is {digits}: give at least 1")
         self.tokenizer, self.digits, self.random_start = tokenizer, digits, random_start
@@ -249,7 +270,7 @@ class Needle(RetrievalTask):
         num_questions: how many of them are asked for, one after another: more to learn from a long text.
         haystack_numbers: share of the haystack's words before which a number is put, to be told from the needles': books
             have hardly any.
-        segment_length, outside_last_segment: see `RetrievalTask`.
+        segment_length, outside_last_segment, across_segments: see `RetrievalTask`.
     """
 
     def __init__(
@@ -264,8 +285,13 @@ class Needle(RetrievalTask):
         num_questions: int = 1,
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
+        across_segments: float = 0.0,
     ):
-        super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
+        super().__init__(
+            segment_length=segment_length,
+            outside_last_segment=outside_last_segment,
+            across_segments=across_segments,
+        )
         if values not in VALUES:
             raise ValueError(f"values is {values!r}: choose one of {', '.join(VALUES)}")
         if not 1 <= num_needles <= len(ADJECTIVES) * len(NOUNS):
@@ -440,7 +466,7 @@ class Copy(RetrievalTask):
         tokenizer: its tokens without the special ones are used; or
         vocab_size: tokens are 0 to vocab_size - 1. The first token of all is the filler, the second the cue.
         num_tokens: to be repeated.
-        segment_length, outside_last_segment: see `RetrievalTask`.
+        segment_length, outside_last_segment, across_segments: see `RetrievalTask`.
     """
 
     def __init__(
@@ -451,8 +477,13 @@ class Copy(RetrievalTask):
         num_tokens: int = 5,
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
+        across_segments: float = 0.0,
     ):
-        super().__init__(segment_length=segment_length, outside_last_segment=outside_last_segment)
+        super().__init__(
+            segment_length=segment_length,
+            outside_last_segment=outside_last_segment,
+            across_segments=across_segments,
+        )
         if tokenizer is None and vocab_size is None:
             raise ValueError("tokenizer and vocab_size are missing: give one of them")
         if num_tokens < 1:

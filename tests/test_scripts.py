@@ -545,6 +545,31 @@ def test_a_nano_gets_tokens_for_pairs_of_digits(tmp_path, folder, capsys):
     assert not (tmp_path / "twice").exists()
 
 
+def test_a_nano_gets_tokens_for_the_words_of_a_text(tmp_path, capsys):
+    plain, worded, text = tmp_path / "plain", tmp_path / "worded", tmp_path / "stories.txt"
+    assert make_nano.main([str(plain)]) == 0
+    torch.manual_seed(0)
+    InfiniLlamaForCausalLM(make_nano.nano_config()).save_pretrained(plain)
+    text.write_text("Mary moved to the bathroom.\nMary took 12 apples!\n", encoding="utf-8")
+    assert make_nano.main([str(worded), "--words", str(plain), str(text)]) == 0
+
+    (before, parts), (after, words) = generate.load_model(str(plain)), generate.load_model(str(worded))
+    said = " Mary moved to the bathroom, twice."
+    assert words.tokenize(said)[:5] == [" Mary", " moved", "\u0120to", "\u0120the", " bathroom"]
+    assert words.decode(words(said)["input_ids"]) == said
+    # "to" and "the" had a token each; Mary, moved, bathroom, took and apples get one.
+    assert len(words) == after.config.vocab_size == len(parts) + 5
+    # What is none of these words is read as before, by the same model.
+    ids = parts(" The grass is green, 7 times.", return_tensors="pt")["input_ids"]
+    assert words(" The grass is green, 7 times.")["input_ids"] == ids[0].tolist()
+    torch.testing.assert_close(after(ids).logits[..., : len(parts)], before(ids).logits)
+    assert torch.unique(after.get_input_embeddings().weight[-5:].detach(), dim=0).shape[0] == 5
+
+    assert make_nano.main([str(tmp_path / "out"), "--words", str(plain), str(tmp_path / "no.txt")]) == 2
+    assert "no.txt' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("script", ["generate.py", "demo.py"])
 def test_a_script_runs_as_a_file_and_says_how_to_use_it(script, tmp_path):
     """From any folder; each example of the docstring is part of the help."""

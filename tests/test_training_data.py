@@ -199,6 +199,20 @@ def test_needles_are_outside_the_last_segment_as_often_as_asked_for():
     assert abs(shares(0.85) - 0.85) < 0.055  # three deviations
 
 
+def test_needles_are_cut_in_two_by_a_segments_end_as_often_as_asked_for():
+    def share(probability: float, segments: int = 3) -> float:
+        task = make_task("copy", num_tokens=20, across_segments=probability, outside_last_segment=1)
+        length = segments * SEGMENT + 1 + 20  # the cue and the answer are in a segment of their own
+        needles = [task.sample(random.Random(seed), length).needle for seed in range(400)]
+        assert all(needle.stop <= segments * SEGMENT for needle in needles)
+        return sum(needle.start // SEGMENT < (needle.stop - 1) // SEGMENT for needle in needles) / 400
+
+    by_chance = share(0)
+    assert 0 < by_chance < 0.5 and share(1) == 1
+    assert abs(share(0.5) - (1 + by_chance) / 2) < 0.075  # three deviations
+    assert share(1, segments=1) == 0  # there is no place for it
+
+
 def test_the_segment_that_counts_is_the_one_in_which_the_question_begins():
     """The cue is the last token of its segment here, so that the answer is in the next one."""
     task = make_task("copy", outside_last_segment=1, num_tokens=40)
@@ -310,6 +324,7 @@ def test_copy_uses_no_special_token_of_a_tokenizer():
     [
         (lambda: Passkey(TEXT, digits=0), "digits is 0: give at least 1"),
         (lambda: Passkey(TEXT, outside_last_segment=2), "outside_last_segment is 2: give a probability"),
+        (lambda: Passkey(TEXT, across_segments=-1), "across_segments is -1: give a probability"),
         (lambda: Needle(TEXT, values="colors"), "values is 'colors': choose one of numbers, words, uuids"),
         (lambda: Needle(TEXT, num_needles=0), "num_needles is 0: give 1 to"),
         (lambda: Needle(TEXT, num_needles=2, num_questions=3), "num_questions is 3: give 1 to num_needles"),
@@ -677,7 +692,10 @@ def test_the_prose_of_needles_is_a_text(tmp_path):
         ({"source": "latin.txt", "streaming": True}, "'latin.txt' cannot be read .*utf-8.*: check its files"),
         ({"source": "broken.jsonl"}, "'broken.jsonl' cannot be read .*: check its files"),
         ({"task": "riddle"}, "task 'riddle' is unknown: choose one of passkey, needle, babilong, copy"),
-        ({"task": "copy", "digits": 3}, "field 'digits' of 'copy' is unknown: choose among context_loss, name, num"),
+        (
+            {"task": "copy", "digits": 3},
+            "field 'digits' of 'copy' is unknown: choose among across_segments, context_loss",
+        ),
         ({"task": "copy", "num_tokens": 0}, "source 'copy': num_tokens is 0: give at least 1"),
         ({"task": "copy", "num_tokens": "3"}, "source 'copy': "),
         ({"task": "copy", "context_loss": -1}, "context_loss of 'copy' is -1: give a number of at least 0"),
