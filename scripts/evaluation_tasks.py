@@ -38,6 +38,7 @@ from infini_llama.scripts.retrieval_tasks import (
     BABI_INTRO,
     BabiStory,
     RetrievalTask,
+    babi_prompt,
     inner_ids,
     opening_ids,
     plain_ids,
@@ -231,7 +232,7 @@ def hide(
 
 def babi_intro(tokenizer: PreTrainedTokenizerBase, examples: list[BabiStory]) -> torch.Tensor:
     """Tokens of what comes before the text: what it is about, and examples with their answers."""
-    shown = [f" {' '.join(e.facts)} {e.question} Answer: {e.answer}." for e in examples]
+    shown = [f" {' '.join(e.facts)} {babi_prompt(e.question)} {e.answer}." for e in examples]
     return torch.tensor(opening_ids(tokenizer) + plain_ids(tokenizer, "".join([BABI_INTRO, *shown])))
 
 
@@ -253,7 +254,7 @@ def hide_stories(
     longest = max(map(len, answers)) + WORD_END
     for story, rng, answer in zip(stories, rngs, answers):
         facts = [inner_ids(tokenizer, f" {fact}") for fact in story.facts]
-        question = inner_ids(tokenizer, f" {story.question} Answer:")
+        question = inner_ids(tokenizer, f" {babi_prompt(story.question)}")
         needed = len(haystack.intro) + sum(map(len, facts)) + len(question) + longest
         room = length - needed if length else 0
         if room < 0:

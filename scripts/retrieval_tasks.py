@@ -19,6 +19,7 @@ tokens takes milliseconds. Needles stand between two sentences of the haystack, 
 import bisect
 import itertools
 import random
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "Copy",
     "Needle",
     "Passkey",
+    "babi_prompt",
     "RetrievalTask",
     "Sample",
     "opening_ids",
@@ -426,7 +428,19 @@ class Babilong(RetrievalTask):
         return [*rng.sample(others, min(len(others), self.num_questions - 1)), own]
 
     def turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        return inner_ids(self.tokenizer, f" {question} Answer:"), inner_ids(self.tokenizer, f" {answer}.")
+        return inner_ids(self.tokenizer, f" {babi_prompt(question)}"), inner_ids(self.tokenizer, f" {answer}.")
+
+
+def babi_prompt(question: str) -> str:
+    """A question of bAbI's tasks 1 to 3 and the beginning of its answer, which names what is asked for, as those of the other
+    tasks do: "Where is Mary? Mary is in the".
+    """
+    match = re.fullmatch(r"Where (is|was) (.+?)(?: before (.+))?\?", question)
+    if match is None:
+        return f"{question} Answer:"
+    verb, sought, later = match.groups()
+    opening = f"Before {later} {sought}" if later else f"{sought[0].upper()}{sought[1:]}"
+    return f"{question} {opening} {verb} in the"
 
 
 def read_babi(folder: str, task: int, split: str = "test") -> list[BabiStory]:

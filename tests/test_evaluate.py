@@ -45,7 +45,15 @@ from infini_llama.scripts.evaluation_tasks import (
     window_prompt,
 )
 from infini_llama.scripts.generate import InputError
-from infini_llama.scripts.retrieval_tasks import Babilong, BabiStory, Needle, Passkey, inner_ids, read_babi
+from infini_llama.scripts.retrieval_tasks import (
+    Babilong,
+    BabiStory,
+    Needle,
+    Passkey,
+    babi_prompt,
+    inner_ids,
+    read_babi,
+)
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = tiny_tokenizer()
@@ -367,13 +375,29 @@ def test_facts_are_hidden_in_their_order(babi):
         (question,) = hide_stories(TOKENIZER, haystack, [story], [random.Random(0)], length)
         text = TOKENIZER.decode(ids_of(question.prompt))
         places = [text.index(f" {fact}") for fact in story.facts]
-        assert places == sorted(places) and text.endswith(" Where is Mary? Answer:")
+        assert places == sorted(places) and text.endswith(" Where is Mary? Mary is in the")
         assert len(question.prompt) + question.decoded_tokens == length or length == 0
         before = TOKENIZER.decode(question.prompt[0 : question.evidence_end])
         assert before.endswith(" Mary moved to the garden.") and question.word == "garden"
     assert len(question.prompt) == len(haystack.intro) + sum(
-        len(inner_ids(TOKENIZER, f" {part}")) for part in (*story.facts, "Where is Mary? Answer:")
+        len(inner_ids(TOKENIZER, f" {part}")) for part in (*story.facts, "Where is Mary? Mary is in the")
     )
+
+
+@pytest.mark.parametrize(
+    ("question", "prompt"),
+    [
+        ("Where is Mary?", "Where is Mary? Mary is in the"),
+        ("Where is the milk?", "Where is the milk? The milk is in the"),
+        (
+            "Where was the milk before the office?",
+            "Where was the milk before the office? Before the office the milk was in the",
+        ),
+        ("Who is in the office?", "Who is in the office? Answer:"),
+    ],
+)
+def test_an_answer_begins_with_what_is_asked_for(question, prompt):
+    assert babi_prompt(question) == prompt
 
 
 def test_evidence_ends_with_the_oldest_supporting_fact():
@@ -392,7 +416,7 @@ def test_a_trained_babi_sample_is_an_evaluated_question_and_its_answer(babi, con
     for seed in range(30):
         sample = task.sample(random.Random(seed), 400, continued=continued)
         text, answer = TOKENIZER.decode(sample.ids), TOKENIZER.decode(sample.ids[sample.answer])
-        asked = next(s for s in read_babi(str(babi), 1, "train") if f"{s.question} Answer: {s.answer}." in text)
+        asked = next(s for s in read_babi(str(babi), 1, "train") if f"{babi_prompt(s.question)} {s.answer}." in text)
         assert answer == f" {asked.answer}." and len(sample.ids) == 400
         places = [text.rindex(f" {fact}") for fact in asked.facts]
         assert places == sorted(places) and text.startswith("There are facts") != continued
@@ -413,7 +437,7 @@ def test_a_trained_babi_sample_asks_where_the_others_are_too(babi):
     for seed in range(30):
         sample = task.sample(random.Random(seed), 500)
         answers = [TOKENIZER.decode(sample.ids[answer]) for answer in (*sample.earlier, sample.answer)]
-        turns = re.findall(r"Where is (\w+)\? Answer:( \w+\.)", TOKENIZER.decode(sample.ids))
+        turns = re.findall(r"Where is (\w+)\? \1 is in the( \w+\.)", TOKENIZER.decode(sample.ids))
         assert [answer for _, answer in turns] == answers and len(sample.ids) == 500 == sample.answer.stop
         asked.add(tuple((name, answer.strip(" .")) for name, answer in turns))
     mary, john, daniel = ("Mary", "garden"), ("John", "hallway"), ("Daniel", "hallway")
