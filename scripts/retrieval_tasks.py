@@ -359,6 +359,9 @@ class Babilong(RetrievalTask):
         babi_task: 1, 2 or 3.
         num_questions: at most, one after another: of task 1, whose facts say where somebody is, the others' places are
             asked for before the story's own question. More to learn from a long text.
+        asked_between: probability that after a fact of task 1 there are questions already, as there are in bAbI's files,
+            about anybody whose place is known, as far as the length allows; after each one there is another with the same
+            probability.
         haystack: the prose, as tokens or as a text. Each sample begins at another of its sentences.
         segment_length: of the model; facts stand anywhere, whatever it is.
     """
@@ -370,18 +373,21 @@ class Babilong(RetrievalTask):
         babi: str | None = None,
         babi_task: int = 1,
         num_questions: int = 1,
+        asked_between: float = 0.0,
         haystack: Sequence[int] | str | None = None,
         segment_length: int | None = None,
     ):
         super().__init__(segment_length=segment_length)
         if num_questions < 1 or (num_questions > 1 and babi_task != 1):
             raise ValueError(f"num_questions is {num_questions}: give 1, or more with babi_task 1")
+        if not 0 <= asked_between < 1 or (asked_between and babi_task != 1):
+            raise ValueError(f"asked_between is {asked_between}: give 0, or with babi_task 1 a number below 1")
         if babi is None or haystack is None:
             raise ValueError(
                 f"{'babi' if babi is None else 'haystack'} is missing: give stories, and prose to hide them in"
             )
         self.tokenizer, self.stories = tokenizer, read_babi(babi, babi_task, "train")
-        self.num_questions = num_questions
+        self.num_questions, self.asked_between = num_questions, asked_between
         self.intro = opening_ids(tokenizer) + plain_ids(tokenizer, BABI_INTRO)
         self.haystack = inner_ids(tokenizer, haystack) if isinstance(haystack, str) else list(haystack)
         self.cuts = insertion_places(tokenizer, self.haystack)
@@ -400,35 +406,58 @@ class Babilong(RetrievalTask):
         room = length - len(intro) - sum(map(len, facts)) - sum(map(len, turns))
         if room < 0:
             raise ValueError(f"length {length} is too short for a story, by {-room} tokens: give longer sequences")
+        between = self.questions_between(rng, story, room)
+        room -= sum(len(part) for parts in between for part in parts)
         offset = self.first_token(rng)
         ends = self.cuts_of_window(offset, room)
-        ids, position, starts = list(intro), 0, []
-        for cut, fact in zip(sorted(rng.choices(ends, k=len(facts))), facts):
+        ids, position, starts, answers = list(intro), 0, [], []
+        for cut, fact, asked in zip(sorted(rng.choices(ends, k=len(facts))), facts, between):
             ids += self.window(offset + position, cut - position)
             starts.append(len(ids))
             ids += fact
+            answers += append_turns(ids, asked)
             position = cut
         ids += self.window(offset + position, room - position)
         oldest = min(story.support)
         needle = slice(starts[oldest], starts[oldest] + len(facts[oldest]))
         *earlier, answer = append_turns(ids, turns)
         assert len(ids) == length
-        return Sample(ids, answer, needle, tuple(earlier))
+        return Sample(ids, answer, needle, (*answers, *earlier))
 
     def questions(self, rng: random.Random, story: BabiStory) -> list[tuple[str, str]]:
         """Return questions about the story and their answers, its own last."""
         own = (story.question, story.answer)
         if self.num_questions == 1:
             return [own]
-        places = {}
-        for fact in story.facts:  # "Mary moved to the bathroom."
-            name, *_, place = fact.rstrip(".").split()
-            places[f"Where is {name}?"] = place
-        others = sorted(pair for pair in places.items() if pair != own)
+        others = sorted(pair for pair in known_places(story.facts).items() if pair != own)
         return [*rng.sample(others, min(len(others), self.num_questions - 1)), own]
+
+    def questions_between(self, rng: random.Random, story: BabiStory, room: int) -> list[list[list[int]]]:
+        """Return tokens for each fact: questions and answers by turns that come after it, of at most `room` tokens in all."""
+        between = [[] for _ in story.facts]
+        if not self.asked_between:
+            return between
+        for count in rng.sample(range(len(story.facts)), len(story.facts)):
+            places = sorted(known_places(story.facts[: count + 1]).items())
+            while rng.random() < self.asked_between:
+                turn = self.turn(*rng.choice(places))
+                room -= sum(map(len, turn))
+                if room < 0:
+                    return between
+                between[count] += turn
+        return between
 
     def turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         return inner_ids(self.tokenizer, f" {babi_prompt(question)}"), inner_ids(self.tokenizer, f" {answer}.")
+
+
+def known_places(facts: list[str]) -> dict[str, str]:
+    """Return a question for each name in facts such as "Mary moved to the bathroom.", and the last place as its answer."""
+    places = {}
+    for fact in facts:
+        name, *_, place = fact.rstrip(".").split()
+        places[f"Where is {name}?"] = place
+    return places
 
 
 def babi_prompt(question: str) -> str:

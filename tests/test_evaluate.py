@@ -450,9 +450,37 @@ def test_a_trained_babi_sample_asks_where_the_others_are_too(babi):
     for options, problem in (
         ({"num_questions": 0}, "is 0: give 1"),
         ({"num_questions": 2, "babi_task": 2}, "babi_task 1"),
+        ({"asked_between": 1.0}, "asked_between is 1.0: give 0, or"),
+        ({"asked_between": 0.5, "babi_task": 2}, "babi_task 1"),
     ):
         with pytest.raises(ValueError, match=problem):
             Babilong(TOKENIZER, babi=str(babi), haystack=PROSE, **options)
+
+
+def test_a_trained_babi_sample_asks_between_the_facts(babi):
+    """What is right there, and as often as there is room; with an answer for each question."""
+    counts = []
+    for asked_between, length in ((0.0, 900), (0.8, 900), (0.8, 320)):
+        task, count = Babilong(TOKENIZER, babi=str(babi), asked_between=asked_between, haystack=PROSE), 0
+        for seed in range(30):
+            sample = task.sample(random.Random(seed), length)
+            answers = [TOKENIZER.decode(sample.ids[answer]) for answer in (*sample.earlier, sample.answer)]
+            said = TOKENIZER.decode(sample.ids)
+            found = re.findall(
+                r"(\w+) (?:moved|went back|went) to the (\w+)\.|Where is (\w+)\? \3 is in the( \w+\.)", said
+            )
+            places, seen = {}, []
+            for mover, place, sought, answer in found:
+                if mover:
+                    places[mover] = place
+                else:
+                    assert answer == f" {places[sought]}."
+                    seen.append(answer)
+            assert seen == answers and len(sample.ids) == length
+            count += len(answers)
+        counts.append(count)
+    without, often, little_room = counts
+    assert without == 30 < little_room < often
 
 
 def test_stories_that_are_none_are_refused(babi, tmp_path):
