@@ -137,10 +137,11 @@ def whole_words(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="folder to write")
-    parser.add_argument(
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument(
         "--pair-digits", metavar="MODEL", help="folder of a trained one that gets tokens for pairs of digits"
     )
-    parser.add_argument(
+    change.add_argument(
         "--words", nargs=2, metavar=("MODEL", "TEXT"), help="the same, for tokens of the words of a text file"
     )
     options = parser.parse_args(argv)
