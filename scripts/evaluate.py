@@ -316,6 +316,7 @@ class Evaluation:
                 "stretches": args.stretches,
                 "babi": args.babi,
                 "shots": args.shots,
+                "num_questions": args.num_questions,
             },
             "perplexity": {"max_tokens": args.max_tokens},
             "summarise": {
@@ -447,9 +448,8 @@ class Evaluation:
                 for first, rng in enumerate(rngs):
                     haystack = Haystack(intro, text, background.cuts, background.first_token(rng))
                     told, places = chosen[first :: len(rngs)], drawn[first :: len(rngs)]
-                    groups.append(
-                        (Trunk(self.reader, haystack), hide_stories(self.tokenizer, haystack, told, places, length))
-                    )
+                    asked = hide_stories(self.tokenizer, haystack, told, places, length, self.args.num_questions)
+                    groups.append((Trunk(self.reader, haystack), asked))
                 self.results.measure(key, self.ask, groups, key)
 
     def book(self) -> list[int] | None:
@@ -563,6 +563,10 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.shots < 0:
         raise InputError(f"--shots is {args.shots}: give at least 0")
+    if args.num_questions > 1 and args.babi_tasks != [1]:
+        raise InputError(
+            f"--num-questions is {args.num_questions}, but only QA1 has more than one to a text: choose --babi-tasks 1"
+        )
 
 
 def length(text: str) -> int:
@@ -590,7 +594,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--depths", type=share, nargs="+", default=[0.0, 0.5, 1.0], help="passkey, needle: places (0 0.5 1)"
     )
-    parser.add_argument("--samples", type=positive, default=20, help="of each cell (default: %(default)s)")
+    parser.add_argument("--samples", type=positive, default=20, help="texts of each cell (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=20, help="samples at a time (default: %(default)s)")
     parser.add_argument("--haystack", metavar="PATH", help="needle, babilong: a text file, or a folder of them")
     parser.add_argument(
@@ -605,6 +609,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--babi-tasks", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="QA1 to QA3")
     parser.add_argument(
         "--shots", type=int, default=2, help="babilong: examples before the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-questions",
+        type=positive,
+        default=1,
+        help="babilong: of a text, at most; QA1 only. It is read once for all of them (default: %(default)s)",
     )
     parser.add_argument("--texts", metavar="PATH", nargs="+", default=[], help="perplexity, memory: files or folders")
     parser.add_argument(

@@ -8,8 +8,8 @@ what is in a memory.
 
 Everything streams: a text is looked at piece by piece, and no list of all its tokens is ever made. The questions of a
 length share one haystack, which is read once up to where something is hidden; from there its memory is branched, one row
-for each question. A row's answer is that of `generate` on its whole text, because any split of a text and any batch gives
-the same result (up to rounding).
+for each text, and at its end once more, for each question about that text. An answer is that of `generate` on the whole
+prompt, because any split of a text and any batch gives the same result (up to rounding).
 """
 
 import bisect
@@ -41,6 +41,7 @@ from infini_llama.scripts.retrieval_tasks import (
     babi_prompt,
     inner_ids,
     opening_ids,
+    other_questions,
     plain_ids,
 )
 
@@ -130,6 +131,8 @@ class Prompt:
 
     def __init__(self, haystack: Haystack, room: int, inserts: list[tuple[int, list[int]]], question: list[int]):
         self.parts: list[torch.Tensor | slice] = [haystack.intro]
+        # What comes before the question; prompts along one haystack that are equal in it can be read together.
+        self.text = (room, tuple((cut, tuple(tokens)) for cut, tokens in inserts))
         # Where each insert begins and ends.
         self.spans: list[tuple[int, int]] = []
         self.haystack, self.length, place = haystack, len(haystack.intro), 0
@@ -242,20 +245,23 @@ def hide_stories(
     stories: list[BabiStory],
     rngs: list[random.Random],
     length: int,
+    num_questions: int = 1,
 ) -> list[Question]:
     """Hide the facts of stories, in their order, at places that are drawn evenly.
 
     Args:
         haystack: book text, behind `babi_intro`.
         rngs: one for each story.
-        length: tokens of a prompt and the longest answer, as for `hide`; 0 for the story alone.
+        length: tokens of the longest prompt of a story and the longest answer, as for `hide`; 0 for the story alone.
+        num_questions: about a story of task 1, at most, all about one text: its own, and others' places.
     """
-    answers, questions = [plain_ids(tokenizer, f" {story.answer}") for story in stories], []
-    longest = max(map(len, answers)) + WORD_END
-    for story, rng, answer in zip(stories, rngs, answers):
+    asked = [[story, *other_questions(rng, story, num_questions - 1)] for story, rng in zip(stories, rngs)]
+    answers = {about.answer: plain_ids(tokenizer, f" {about.answer}") for group in asked for about in group}
+    questions, longest = [], max(map(len, answers.values())) + WORD_END
+    for story, rng, group in zip(stories, rngs, asked):
         facts = [inner_ids(tokenizer, f" {fact}") for fact in story.facts]
-        question = inner_ids(tokenizer, f" {babi_prompt(story.question)}")
-        needed = len(haystack.intro) + sum(map(len, facts)) + len(question) + longest
+        asking = [inner_ids(tokenizer, f" {babi_prompt(about.question)}") for about in group]
+        needed = len(haystack.intro) + sum(map(len, facts)) + max(map(len, asking)) + longest
         room = length - needed if length else 0
         if room < 0:
             raise InputError(
@@ -263,8 +269,10 @@ def hide_stories(
                 "story alone, or fewer --shots"
             )
         cuts = sorted(haystack.nearest_cut(rng.uniform(0, room), room) for _ in facts)
-        prompt = Prompt(haystack, room, list(zip(cuts, facts)), question)
-        questions.append(Question(prompt, answer, min(prompt.spans[i][1] for i in story.support), story.answer))
+        for about, question in zip(group, asking):
+            prompt = Prompt(haystack, room, list(zip(cuts, facts)), question)
+            evidence_end = min(prompt.spans[i][1] for i in about.support)
+            questions.append(Question(prompt, answers[about.answer], evidence_end, about.answer))
     return questions
 
 
@@ -413,11 +421,10 @@ class Reader:
             self.config.memory_update = rule
 
 
-def batches(questions: list[Question], batch_size: int) -> list[list[int]]:
-    """Indices of questions whose prompts are of one length, in the order in which they leave the haystack."""
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), questions[i].prompt.shared))
-    groups = itertools.groupby(order, key=lambda i: len(questions[i].prompt))
-    lists = [list(group) for _, group in groups]
+def batches(questions: list[Question], indices: Iterable[int], batch_size: int) -> list[list[int]]:
+    """Indices of questions, those whose prompts are of one length together, in the order in which they leave the haystack."""
+    order = sorted(indices, key=lambda i: (len(questions[i].prompt), questions[i].prompt.shared))
+    lists = [list(group) for _, group in itertools.groupby(order, key=lambda i: len(questions[i].prompt))]
     return [group[i : i + batch_size] for group in lists for i in range(0, len(group), batch_size)]
 
 
@@ -446,20 +453,32 @@ class Trunk:
     def ask(self, questions: list[Question], batch_size: int, name: str = "reading") -> list[list[int]]:
         """Return what the model answers to each question, as tokens; it reads all that comes before."""
         answers: list[list[int]] = [[] for _ in questions]
-        plan = batches(questions, batch_size)
-        shared = [min(questions[i].prompt.shared for i in batch) for batch in plan]
-        total, here = 0, self.tokens
-        for batch, tokens in zip(plan, shared):
-            total += (tokens - here if tokens >= here else tokens) + sum(
-                len(questions[i].prompt) - tokens for i in batch
-            )
-            here = tokens
+        texts: dict[Any, list[int]] = {}
+        for i, question in enumerate(questions):
+            texts.setdefault(question.prompt.text, []).append(i)
+        order = sorted(texts.values(), key=lambda text: questions[text[0]].prompt.shared)
+        plan, total, here = [], 0, self.tokens
+        for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+            prompts = [questions[text[0]].prompt for text in rows]
+            row_of = {i: row for row, text in enumerate(rows) for i in text}
+            # From where rows differ, and to where all of them read what comes before a question.
+            shared, stop = min(p.shared for p in prompts), min(p.question for p in prompts)
+            plan.append((prompts, row_of, shared, stop))
+            total += (shared - here if shared >= here else shared) + (stop - shared) * len(rows)
+            total += sum(len(questions[i].prompt) - stop for i in row_of)
+            here = shared
         with bar(name, total) as progress:
-            for batch, tokens in zip(plan, shared):
-                prompts = [questions[i].prompt for i in batch]
-                cache = self.branch(tokens, len(batch), progress)
-                logits = self.reader.read(prompts, cache, tokens, len(prompts[0]), progress)
-                answer(self.reader, [(questions[i], answers[i]) for i in batch], logits, cache)
+            for prompts, row_of, shared, stop in plan:
+                cache = self.branch(shared, len(prompts), progress)
+                self.reader.read(prompts, cache, shared, stop, progress)
+                *others, last = batches(questions, row_of, batch_size)
+                for batch in [*others, last]:
+                    branch = cache if batch is last else copy.deepcopy(cache)
+                    if (rows := [row_of[i] for i in batch]) != list(range(len(prompts))):
+                        branch.batch_select_indices(torch.tensor(rows))
+                    asked = [questions[i].prompt for i in batch]
+                    logits = self.reader.read(asked, branch, stop, len(asked[0]), progress)
+                    answer(self.reader, [(questions[i], answers[i]) for i in batch], logits, branch)
         return answers
 
 
@@ -475,7 +494,7 @@ def ask_local(
     """
     answers: list[list[int]] = [[] for _ in questions]
     longest = max(question.decoded_tokens for question in questions)
-    for batch in batches(questions, batch_size):
+    for batch in batches(questions, range(len(questions)), batch_size):
         prompts = [questions[i].prompt for i in batch]
         end = len(prompts[0])
         if opening is None:

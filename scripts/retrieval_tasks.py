@@ -38,6 +38,7 @@ __all__ = [
     "RetrievalTask",
     "Sample",
     "opening_ids",
+    "other_questions",
     "read_babi",
 ]
 
@@ -402,7 +403,7 @@ class Babilong(RetrievalTask):
         intro = [] if continued else self.intro
         story = rng.choice(self.stories)
         facts = [inner_ids(self.tokenizer, f" {fact}") for fact in story.facts]
-        turns = [part for pair in self.questions(rng, story) for part in self.turn(*pair)]
+        turns = [part for asked in self.questions(rng, story) for part in self.turn(asked)]
         room = length - len(intro) - sum(map(len, facts)) - sum(map(len, turns))
         if room < 0:
             raise ValueError(f"length {length} is too short for a story, by {-room} tokens: give longer sequences")
@@ -424,13 +425,9 @@ class Babilong(RetrievalTask):
         assert len(ids) == length
         return Sample(ids, answer, needle, (*answers, *earlier))
 
-    def questions(self, rng: random.Random, story: BabiStory) -> list[tuple[str, str]]:
-        """Return questions about the story and their answers, its own last."""
-        own = (story.question, story.answer)
-        if self.num_questions == 1:
-            return [own]
-        others = sorted(pair for pair in known_places(story.facts).items() if pair != own)
-        return [*rng.sample(others, min(len(others), self.num_questions - 1)), own]
+    def questions(self, rng: random.Random, story: BabiStory) -> list[BabiStory]:
+        """Return questions about the story, its own last."""
+        return [*other_questions(rng, story, self.num_questions - 1), story]
 
     def questions_between(self, rng: random.Random, story: BabiStory, room: int) -> list[list[list[int]]]:
         """Return tokens for each fact: questions and answers by turns that come after it, of at most `room` tokens in all."""
@@ -438,26 +435,36 @@ class Babilong(RetrievalTask):
         if not self.asked_between:
             return between
         for count in rng.sample(range(len(story.facts)), len(story.facts)):
-            places = sorted(known_places(story.facts[: count + 1]).items())
+            known = known_places(story.facts[: count + 1])
             while rng.random() < self.asked_between:
-                turn = self.turn(*rng.choice(places))
+                turn = self.turn(rng.choice(known))
                 room -= sum(map(len, turn))
                 if room < 0:
                     return between
                 between[count] += turn
         return between
 
-    def turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        return inner_ids(self.tokenizer, f" {babi_prompt(question)}"), inner_ids(self.tokenizer, f" {answer}.")
+    def turn(self, story: BabiStory) -> tuple[list[int], list[int]]:
+        parts = (f" {babi_prompt(story.question)}", f" {story.answer}.")
+        question, answer = (inner_ids(self.tokenizer, part) for part in parts)
+        return question, answer
 
 
-def known_places(facts: list[str]) -> dict[str, str]:
-    """Return a question for each name in facts such as "Mary moved to the bathroom.", and the last place as its answer."""
-    places = {}
-    for fact in facts:
+def known_places(facts: list[str]) -> list[BabiStory]:
+    """Return a question for each name in facts such as "Mary moved to the bathroom.", whose answer is its last place."""
+    known = {}
+    for index, fact in enumerate(facts):
         name, *_, place = fact.rstrip(".").split()
-        places[f"Where is {name}?"] = place
-    return places
+        known[name] = BabiStory(facts, f"Where is {name}?", place, [index])
+    return [known[name] for name in sorted(known)]
+
+
+def other_questions(rng: random.Random, story: BabiStory, count: int) -> list[BabiStory]:
+    """Draw questions for the places of others than the one that a story of task 1 asks for: `count`, or as many as there are."""
+    if count == 0:  # stories of other tasks have other facts
+        return []
+    others = [other for other in known_places(story.facts) if other.question != story.question]
+    return rng.sample(others, min(len(others), count))
 
 
 def babi_prompt(question: str) -> str:

@@ -221,6 +221,44 @@ def test_the_haystack_before_the_needles_is_read_once():
     assert max(seen) <= model.config.block_length
 
 
+@pytest.mark.parametrize("kind", ["delta", "llama"])
+def test_a_text_is_read_once_for_all_questions_about_it(kind, babi):
+    """In rows with other texts; each question is answered as if it was the only one."""
+    model = model_of(kind)
+    reader, seen = Reader(model), []
+    logits = reader.logits
+    reader.logits = lambda ids, *args, **kwargs: (seen.append(ids.numel()), logits(ids, *args, **kwargs))[1]
+    haystack = Haystack.of(Needle(TOKENIZER, haystack=PROSE), random.Random(0))
+    stories = read_babi(str(babi), 1)[:2]
+    rngs = [random.Random(i) for i in range(2)]
+    questions = hide_stories(TOKENIZER, haystack, stories, rngs, 900, num_questions=3)
+    assert len(questions) == 5  # the first story has two names, the second three
+    assert len({question.prompt.text for question in questions}) == 2
+    answers = Trunk(reader, haystack).ask(questions, batch_size=2)
+    assert sum(seen) < 2 * 900 + sum(len(q.prompt) - 800 + q.decoded_tokens for q in questions)
+    for question, tokens in zip(questions, answers):
+        assert tokens == generated(model, ids_of(question.prompt), question.decoded_tokens)
+
+
+def test_other_questions_about_a_story_have_their_last_fact_as_evidence(babi):
+    """And the story's own is the first, hidden in the same text as those."""
+    haystack = Haystack.of(Needle(TOKENIZER, haystack=PROSE), random.Random(0))
+    story = read_babi(str(babi), 1)[1]
+    for length in (900, 0):
+        own, *others = hide_stories(TOKENIZER, haystack, [story], [random.Random(0)], length, num_questions=9)
+        text = TOKENIZER.decode(ids_of(own.prompt))
+        assert text.endswith(" Where is Mary? Mary is in the") and own.word == "garden"
+        said = {}
+        for question in others:
+            about = TOKENIZER.decode(ids_of(question.prompt))
+            name = about.split()[-4]
+            assert about == text.replace("Where is Mary? Mary", f"Where is {name}? {name}")
+            before = TOKENIZER.decode(question.prompt[0 : question.evidence_end])
+            assert before.endswith(f" {name} went{' back' * (name == 'Daniel')} to the {question.word}.")
+            said[name] = question.word
+        assert said == {"John": "hallway", "Daniel": "hallway"}
+
+
 @pytest.mark.parametrize("last_segment", [1, 9, N - 1, N])
 def test_without_memory_the_last_segment_is_enough(last_segment):
     """Answers from the tail alone are those of `generate` on the whole prompt with `memory_update="none"`."""
@@ -721,6 +759,8 @@ def test_every_task_is_measured_and_written(run, folders, book, babi, books, tmp
         babi,
         "--babi-tasks",
         "1",
+        "--num-questions",
+        "3",
     ]
     options += ["--books", books, "--summary-tokens", "5"]
     report = run(*options, "--shots", "1", "--texts", book, "--max-tokens", "200", "--base", folders.base)
@@ -906,6 +946,8 @@ def test_bad_input_is_refused_before_a_model_is_loaded(run, book, tmp_path, monk
     assert "--haystack" in run("--tasks", "babilong", "--babi", tmp_path, code=2)
     assert "does not exist" in run("--tasks", "needle", "--haystack", tmp_path / "no.txt", code=2)
     assert "qa1_" in run("--tasks", "babilong", "--babi", tmp_path, "--haystack", book, code=2)
+    options = ("--babi", tmp_path, "--haystack", book, "--num-questions", "3")
+    assert "--babi-tasks 1" in run("--tasks", "babilong", *options, code=2)
     book.write_bytes(b"caf\xe9")
     assert "UTF-8" in run("--tasks", "perplexity", "--texts", book, code=2)
 
