@@ -15,7 +15,8 @@ Tasks
                 sentences of passkey); `--num-needles 1 4` hides one, and one among three that are not asked for.
     babilong    the facts of bAbI stories in the text of --haystack, and the test set's questions about them (QA1 to QA3);
                 length 0 is the story alone. --shots examples of the training set come before the text, as
-                "facts Where is Mary? Mary is in the garden." The first word of the answer counts.
+                "facts Where is Mary? Mary is in the garden." The first word of the answer counts. Of a text of QA1,
+                `--num-questions 3` asks for the places of three, each as if it was the only one; it is read once.
     perplexity  the loss of whole texts, each file of --texts by itself, by the segments that were completed before.
     summarise   a book, read whole, and then the instruction to summarise it: one turn of the user if there is a chat
                 template, as in `scripts/generate.py`. ROUGE-1, 2 and L against a summary, beside the paper's on BookSum.
