@@ -47,6 +47,9 @@ class InfiniLlamaConfig(LlamaConfig):
         write_gate (`bool`, *optional*, defaults to `False`):
             Whether each key/value head learns how strongly it writes a token, sigmoid(w x + b) of the token's hidden state
             x (not in the paper): a text may pass without a trace, and what matters stays. It adds parameters.
+        read_gate (`bool`, *optional*, defaults to `False`):
+            Whether each query head learns for which tokens it reads: beta is b + w x / sqrt(hidden_size) of the token's hidden
+            state x (not in the paper), b the beta of the paper and w = 0 at first. It adds parameters.
         block_segments (`int`, *optional*):
             How many segments go through a layer at once; by default as many as fit into 4096 tokens. It trades memory
             for speed and changes no result.
@@ -66,6 +69,7 @@ class InfiniLlamaConfig(LlamaConfig):
     memory_update: Literal["delta", "linear", "least_squares", "none"] = "delta"
     gate_init: float | int = -3.0
     write_gate: bool = False
+    read_gate: bool = False
     block_segments: int | None = at_least_one(default=None)
     layer_types: list[str] | None = None
 

@@ -126,15 +126,15 @@ def open_gate(beta: torch.Tensor, memory: MemoryState) -> torch.Tensor:
     """sigmoid(beta) of equation 10; 0 while the memory is empty, so that A_local alone is left.
 
     Args:
-        beta: (K, G), one per query head.
+        beta: (K, 1, G), one per query head, or (B, K, N, G), one per token.
         memory: (B, K, ...).
 
     Returns:
-        (B, K, 1, G, 1).
+        (B, K, 1 or N, G, 1).
     """
     is_written = memory.normalizer.flatten(2).sum(-1) > 0  # (B, K)
     gate = torch.sigmoid(beta.to(memory.normalizer.dtype))
-    return gate[:, None, :, None] * is_written[:, :, None, None, None]
+    return gate.unsqueeze(-1) * is_written[:, :, None, None, None]
 
 
 def read(rule: str, sigma_q: torch.Tensor, memory: MemoryState, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -146,7 +146,7 @@ def read(rule: str, sigma_q: torch.Tensor, memory: MemoryState, gate: torch.Tens
         rule: a key of `WRITE_RULES`, the one that wrote the memory.
         sigma_q: (B, K, N, G, D).
         memory: matrix (B, K, D, V), and its normalizer.
-        gate: (B, K, 1, G, 1), a factor of A_mem; it costs least here, beside the denominators.
+        gate: (B, K, 1 or N, G, 1), a factor of A_mem; it costs least here, beside the denominators.
 
     Returns:
         (B, K, N, G, V).
@@ -328,7 +328,7 @@ def read_token(
         rule: a key of `WRITE_RULES`.
         sigma_q: (B, K, G, D).
         local: (B, K, G, V) in any dtype, A_local.
-        beta: (K, G).
+        beta: (1 or B, K, G).
         memory: of (B, K, ...).
 
     Returns:

@@ -62,15 +62,25 @@ PACKING_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_
 
 
 class InfiniMemoryGate(nn.Module):
-    """beta of equation 10, one per query head. A module, so that PEFT's `modules_to_save` reaches it."""
+    """beta of equation 10, one per query head; with `read_gate`, which is not in the paper, b + w x / sqrt(hidden_size) for
+    each token. A module, so that PEFT's `modules_to_save` reaches it.
+    """
 
-    def __init__(self, num_heads: int):
+    def __init__(self, config: InfiniLlamaConfig):
         super().__init__()
-        self.bias = nn.Parameter(torch.empty(num_heads))
+        self.bias = nn.Parameter(torch.empty(config.num_attention_heads))
+        shape = (config.num_attention_heads, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape)) if config.read_gate else None
+        # A step of the gates' learning rate in all of w then moves a gate as far as a few in b would.
+        self.scaling = config.hidden_size**-0.5
 
-    def forward(self) -> torch.Tensor:
-        """(heads,). Called as a module, so that hooks which load offloaded weights run."""
-        return self.bias
+    def forward(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """Of tokens (batch, tokens, hidden_size) to (batch, tokens, heads); (heads,) without `read_gate`, or of no tokens.
+        Called as a module, so that hooks which load offloaded weights run.
+        """
+        if self.weight is None or hidden_states is None:
+            return self.bias
+        return nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight * self.scaling, self.bias)
 
 
 class InfiniWriteGate(nn.Module):
@@ -93,7 +103,7 @@ class InfiniLlamaAttention(LlamaAttention):
 
     def __init__(self, config: InfiniLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.memory_gate = InfiniMemoryGate(config.num_attention_heads)
+        self.memory_gate = InfiniMemoryGate(config)
         self.write_gate = InfiniWriteGate(config) if config.write_gate else None
 
     def forward(
@@ -152,7 +162,9 @@ class InfiniLlamaAttention(LlamaAttention):
             with torch.autocast(device_type, enabled=False) if autocasts else nullcontext():
                 memory = cache.update_memory(key_states, value_states, layout, strength)
                 if layout.reads:
-                    attn_output = self._add_memory(attn_output, layout.to_segments(query_states), memory, layout)
+                    beta = self.memory_gate(hidden_states)
+                    beta = layout.to_segments(beta) if beta.dim() > 1 else beta
+                    attn_output = self._add_memory(attn_output, layout.to_segments(query_states), beta, memory, layout)
         if self.training and not (has_memory and layout.reads):
             # Data-parallel training waits for a gradient of every parameter, and short texts read nothing.
             for gate in filter(None, (self.memory_gate, self.write_gate)):
@@ -166,16 +178,25 @@ class InfiniLlamaAttention(LlamaAttention):
         return attn_output, attn_weights
 
     def _add_memory(
-        self, attn_output: torch.Tensor, query_states: torch.Tensor, memory: MemoryState, layout: Layout
+        self,
+        attn_output: torch.Tensor,
+        query_states: torch.Tensor,
+        beta: torch.Tensor,
+        memory: MemoryState,
+        layout: Layout,
     ) -> torch.Tensor:
-        """Equations 7 and 10 on (rows, slots, heads, head_dim); query head h reads the memory of KV head h // G."""
+        """Equations 7 and 10 on (rows, slots, heads, head_dim); query head h reads the memory of KV head h // G. beta is
+        (heads,) or (rows, slots, heads).
+        """
         rule, groups = layout.memory_update, (-1, self.num_key_value_groups)
-        beta = self.memory_gate().unflatten(0, groups)
+        beta = beta.unflatten(-1, groups)
         if layout.all_read and query_states.shape[1] == 1 and not torch.is_grad_enabled():
-            sigma_q = sigma(query_states.view(len(query_states), *beta.shape, self.head_dim))
+            sigma_q = sigma(query_states.view(len(query_states), *beta.shape[-2:], self.head_dim))
+            beta = beta.view(-1, *beta.shape[-2:])
             mixed = read_token(rule, sigma_q, attn_output.view(sigma_q.shape), beta, memory)
             return mixed.view(attn_output.shape).to(attn_output.dtype)
-        gate = open_gate(beta, memory)  # (rows, K, 1, G, 1)
+        beta = beta.unsqueeze(1) if beta.dim() == 2 else beta.transpose(1, 2)
+        gate = open_gate(beta, memory)  # (rows, K, slots or 1, G, 1)
         sigma_q = sigma(query_states.unflatten(2, groups).transpose(1, 2))  # (rows, K, slots, G, head_dim)
         gated_memory = read(rule, sigma_q, memory, gate)
         mixed = mix(gate.transpose(1, 2), attn_output.unflatten(2, groups), gated_memory.transpose(1, 2))
@@ -212,7 +233,12 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, InfiniMemoryGate):
+            for parameter in module.parameters():
+                if parameter.element_size() < 4:  # Transformers keeps only what it loads in float32
+                    parameter.data = parameter.data.float()
             init.constant_(module.bias, self.config.gate_init)
+            if module.weight is not None:
+                init.zeros_(module.weight)
         elif isinstance(module, InfiniWriteGate):
             # Nearly open for all tokens: what is not written at first teaches nothing.
             init.zeros_(module.weight)
@@ -229,7 +255,7 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
         Args:
             learning_rate: of everything but the gates.
             weight_decay: of weight matrices.
-            gate_learning_rate: of the gates, beta of equation 10, and of write gates.
+            gate_learning_rate: of the gates, beta of equation 10 and all of read gates, and of write gates.
 
         Returns:
             Groups that are not empty, in this order: weight matrices, biases and norms, gates.
@@ -256,7 +282,8 @@ class InfiniLlamaPreTrainedModel(LlamaPreTrainedModel):
 
     @torch.no_grad()
     def gate_statistics(self) -> dict[str, float]:
-        """How far the gates are open, sigmoid(beta): mean, minimum and maximum over the heads of each layer.
+        """How far the gates are open, sigmoid(beta), of a read gate sigmoid(b): mean, minimum and maximum over the heads of
+        each layer.
 
         Returns:
             A flat dict for a tracker: `gates/mean` of the model, and `gates/layer_00/mean`, `.../min`, `.../max`.

@@ -171,5 +171,6 @@ def copy_pictures(results: list[Evaluation], folder: Path) -> list[list[str]]:
 
 def is_untrained(model: InfiniLlamaForCausalLM) -> bool:
     """Whether every gate is where the conversion put it."""
-    gates = [parameter for name, parameter in model.named_parameters() if GATE in name]
-    return all(bool((gate == model.config.gate_init).all()) for gate in gates)
+    gates = {name: parameter for name, parameter in model.named_parameters() if GATE in name}
+    starts = {name: model.config.gate_init if name.endswith("bias") else 0.0 for name in gates}
+    return all(bool((gate == starts[name]).all()) for name, gate in gates.items())

@@ -56,7 +56,7 @@ def load_pair(
         if is_out_of_memory(str(error)):
             raise
         raise InputError(f"model '{name}' cannot be loaded ({one_line(error)}): name a folder or a Hub id") from error
-    own = {"segment_length", "memory_update", "gate_init", "write_gate", "block_segments", "layer_types"}
+    own = {"segment_length", "memory_update", "gate_init", "write_gate", "read_gate", "block_segments", "layer_types"}
     left_out = own | {"model_type", "architectures", "auto_map"}
     fields = {key: value for key, value in config.to_dict().items() if key not in left_out}
     fields["attn_implementation"] = ours.config._attn_implementation

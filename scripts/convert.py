@@ -512,6 +512,7 @@ def convert(
     memory_update: str = InfiniLlamaConfig.memory_update,
     gate_init: float = InfiniLlamaConfig.gate_init,
     write_gate: bool = InfiniLlamaConfig.write_gate,
+    read_gate: bool = InfiniLlamaConfig.read_gate,
     dtype: str = "auto",
     gguf_file: str | None = None,
     revision: str | None = None,
@@ -525,6 +526,7 @@ def convert(
         memory_update: `"delta"`, `"linear"`, `"least_squares"` or `"none"`.
         gate_init: Value of every gate, beta of equation 10.
         write_gate: Add gates that choose what is written.
+        read_gate: Let the gates of equation 10 depend on the token.
         dtype: `"auto"` keeps the weights as they are, bit for bit; `"float32"`, `"bfloat16"` and `"float16"` cast
             them. The gates are float32 in any case.
         gguf_file: Name of a GGUF file in the source.
@@ -544,7 +546,8 @@ def convert(
     require_free_output(output, Path(source).resolve())
     folder, gguf_file = locate(os.fspath(source), gguf_file, revision)
     fields = read_llama_config(folder, gguf_file)
-    settings = {"memory_update": memory_update, "gate_init": gate_init, "write_gate": write_gate}
+    settings = {"memory_update": memory_update, "gate_init": gate_init}
+    settings |= {"write_gate": write_gate, "read_gate": read_gate}
     config = build_config(fields, segment_length=segment_length, **settings)
 
     with working_folder(output) as work:
@@ -570,6 +573,7 @@ def convert(
         "memory_update": config.memory_update,
         "gate_init": config.gate_init,
         "write_gate": config.write_gate,
+        "read_gate": config.read_gate,
         "dtype": str(config.dtype).removeprefix("torch."),
         **counts,
         "check": check,
@@ -613,6 +617,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--write-gate",
         action="store_true",
         help="add gates that choose what is written, to be trained (not in the paper)",
+    )
+    parser.add_argument(
+        "--read-gate",
+        action="store_true",
+        help="let the gate of every head depend on the token, which has to be trained (not in the paper)",
     )
     parser.add_argument(
         "--dtype",

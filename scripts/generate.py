@@ -248,13 +248,17 @@ def adapter_config(model: PreTrainedModel, adapter: str) -> "PeftConfig":
     """The config of a PEFT adapter for a model.
 
     Raises:
-        ValueError: it has write gates and the model has none, of which PEFT would say nothing; or PEFT's own errors.
+        ValueError: it has write or read gates and the model has none, of which PEFT would say nothing; or PEFT's own errors.
     """
     from peft import PeftConfig
+    from peft.utils import load_peft_weights
 
     config = PeftConfig.from_pretrained(adapter)
-    if "write_gate" in (config.modules_to_save or []) and not getattr(model.config, "write_gate", False):
-        raise ValueError("it has write gates and the model has none: convert the model with --write-gate")
+    names = load_peft_weights(adapter, device="cpu").keys() if config.modules_to_save else ()
+    for kind, module in (("write", "write_gate"), ("read", "memory_gate")):
+        has_gates = any(name.endswith(f"{module}.weight") for name in names)
+        if has_gates and not getattr(model.config, f"{kind}_gate", False):
+            raise ValueError(f"it has {kind} gates and the model has none: convert the model with --{kind}-gate")
     return config
 
 

@@ -98,12 +98,13 @@ def read_config(name: str, **settings: Any) -> InfiniLlamaConfig:
 
 
 def layer_parameters(config: InfiniLlamaConfig) -> int:
-    """Parameters of one layer: projections, MLP, two norms, a gate per query head, and write gates."""
+    """Parameters of one layer: projections, MLP, two norms, a gate per query head, and read and write gates."""
     E, F = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     count = E * (2 * queries + 2 * keys) + 3 * E * F + 2 * E + config.num_attention_heads
     count += (queries + 2 * keys + E) * config.attention_bias
     count += (E + 1) * config.num_key_value_heads * config.write_gate
+    count += E * config.num_attention_heads * config.read_gate
     return count + (2 * F + E) * config.mlp_bias
 
 

@@ -651,7 +651,7 @@ def rounded(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, t
 def build_model(options: TrainingOptions) -> tuple[InfiniLlamaForCausalLM, PreTrainedTokenizerBase]:
     """Model with float32 weights, and tokenizer."""
     settings = {name: getattr(options, name) for name in ("segment_length", "memory_update", "block_segments")}
-    settings["write_gate"] = options.write_gate or None
+    settings |= {name: getattr(options, name) or None for name in ("write_gate", "read_gate")}
     if not options.from_scratch:
         model, tokenizer = load_model(options.model, dtype="float32", **settings)
     else:
@@ -687,13 +687,14 @@ def add_adapter(model: InfiniLlamaForCausalLM, options: TrainingOptions) -> torc
     if options.adapter is not None:
         try:
             config = adapter_config(model, options.adapter)
-            if set(gates) <= set(config.modules_to_save or []):
-                return PeftModel.from_pretrained(model, options.adapter, is_trainable=True, config=config)
-            # An adapter from before the model had write gates goes on with those of the model.
-            config.modules_to_save, config.inference_mode = gates, False
             own = {f"base_model.model.{name}": x for name, x in model.state_dict().items() if "_gate." in name}
+            weights = load_peft_weights(options.adapter, device="cpu")
+            if own.keys() <= weights.keys():
+                return PeftModel.from_pretrained(model, options.adapter, is_trainable=True, config=config)
+            # An adapter from before the model had all of its gates goes on with those of the model.
+            config.modules_to_save, config.inference_mode = gates, False
             adapted = get_peft_model(model, config)
-            set_peft_model_state_dict(adapted, own | load_peft_weights(options.adapter, device="cpu"))
+            set_peft_model_state_dict(adapted, own | weights)
             return adapted
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise InputError(f"`adapter` '{options.adapter}' cannot be loaded ({one_line(error)})") from error

@@ -49,6 +49,7 @@ class TrainingOptions:
         None, "Change the model's write rule.", choices=["delta", "linear", "least_squares", "none"]
     )
     write_gate: bool = option(False, "Give the model gates that choose what is written, if it has none.")
+    read_gate: bool = option(False, "Give the model gates that choose which tokens read, if it has none.")
     gate_init: float | None = option(None, "Set beta of all gates before the first step; 0 lets memory in half.")
 
     max_steps: int = option(1000, "Optimizer steps.")
@@ -136,10 +137,12 @@ class TrainingOptions:
             raise InputError(f"`state_passing_scale` is {self.state_passing_scale}: give a factor of 1 or more")
         if self.state_passing_scale > 1 and self.advance_below is None:
             raise InputError("`state_passing_scale` rises with the loss: say below which, with `advance_below`")
-        if self.write_gate and (self.lora_rank or self.adapter is not None):
-            raise InputError(
-                "`write_gate` changes the model that the adapter is for: leave it out, and convert with --write-gate"
-            )
+        for name in ("write_gate", "read_gate"):
+            if getattr(self, name) and (self.lora_rank or self.adapter is not None):
+                raise InputError(
+                    f"`{name}` changes the model that the adapter is for: leave it out, and convert with "
+                    f"--{name.replace('_', '-')}"
+                )
         if self.adapter is not None:
             for name, absent in (("lora_rank", 0), ("lora_alpha", None), ("gate_init", None)):
                 if getattr(self, name) != absent:

@@ -179,7 +179,10 @@ def attention(
         rotated_query = rotate(query, position=angle_position, theta=rope_theta)
         local = attend(rotated_query, state.rotated_keys, state.values)
         if has_memory:
-            gate = torch.sigmoid(parameters[f"{prefix}.memory_gate.bias"][h])
+            beta = parameters[f"{prefix}.memory_gate.bias"][h]
+            if f"{prefix}.memory_gate.weight" in parameters:
+                beta = beta + parameters[f"{prefix}.memory_gate.weight"][h] @ hidden / math.sqrt(len(hidden))
+            gate = torch.sigmoid(beta)
             retrieved = unit(query) @ state.matrix if state.normalizer.dim() == 2 else retrieve(query, state)
             outputs.append(gate * retrieved + (1 - gate) * local)  # eq 10
         else:

@@ -74,7 +74,11 @@ CASES: dict[str, tuple[Callable[[], dict[str, torch.Tensor]], dict[int, list[int
     "packed rows": (partial(packed, 4), {2: [20], 4: [3, 33, 59]}, {"segment_length": 1}),
     "MHA": (lambda: {"input_ids": random_ids(1, 8 * N)}, None, {"num_key_value_heads": 4}),
     "MQA": (lambda: {"input_ids": random_ids(1, 8 * N)}, None, {"num_key_value_heads": 1}),
-    "write gates": (lambda: {"input_ids": random_ids(2, 9 * N + 3)}, None, {"write_gate": True}),
+    "gates of tokens": (
+        lambda: {"input_ids": random_ids(2, 9 * N + 3)},
+        None,
+        {"write_gate": True, "read_gate": True},
+    ),
     "checkpointed": (lambda: {"input_ids": random_ids(2, 9 * N + 3)}, None, {}),
     "checkpointed, packed": (partial(packed, 1), {2: [48], 4: [3, 33, 48]}, {}),
 }

@@ -169,6 +169,16 @@ def test_write_gates_are_added_and_the_llama_stays_what_it_was(source, tmp_path)
     assert torch.equal(logits_of(infini), logits_of(llama))
 
 
+def test_read_gates_are_added_and_begin_as_those_of_the_paper(source, tmp_path):
+    report = convert(source, tmp_path / "infini", segment_length=64, read_gate=True, gate_init=-1.5)
+    assert report["read_gate"] is True and report["tensors"]["added"] == 2 * 2
+    written = weights_of(tmp_path / "infini")
+    for layer in range(2):
+        gate = f"model.layers.{layer}.self_attn.memory_gate"
+        assert not written[f"{gate}.weight"].any() and (written[f"{gate}.bias"] == -1.5).all()
+        assert written[f"{gate}.weight"].dtype == torch.float32
+
+
 def test_any_model_of_the_auto_classes_loads_where_the_project_is_not_installed(source, tmp_path):
     """A fresh, offline process with an empty module cache, in which `infini_llama` cannot be imported, gets the same
     logits, and can generate."""

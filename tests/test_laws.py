@@ -50,6 +50,7 @@ def models(draw: st.DrawFn, rules: list[str] = RULES) -> InfiniLlamaForCausalLM:
         block_segments=draw(st.integers(1, 4)),
         memory_update=draw(st.sampled_from(rules)),
         write_gate=draw(st.booleans()),
+        read_gate=draw(st.booleans()),
     ).double()
 
 

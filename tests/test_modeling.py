@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import base_llama, random_ids, tiny_config, tiny_model
+from tiny import base_llama, random_ids, rounding, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -497,6 +497,28 @@ def test_a_plain_llama_loads_with_write_gates_that_are_nearly_open(tmp_path):
 
 
 @torch.no_grad()
+def test_read_gates_begin_as_those_of_the_paper(tmp_path):
+    """The same model until their weights are trained; float32 in any model, and saved and loaded."""
+    plain, ids = tiny_model(), random_ids(2, 3 * N)
+    plain.save_pretrained(tmp_path)
+    model = InfiniLlamaForCausalLM.from_pretrained(tmp_path, read_gate=True, dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        gate = layer.self_attn.memory_gate
+        assert gate.weight.dtype == torch.float32 and not gate.weight.any()
+        hidden = torch.randn(2, 3, model.config.hidden_size)
+        assert_equal(gate(hidden), gate.bias.expand(2, 3, -1))
+        assert_equal(gate(), gate.bias)
+    model.float().load_state_dict(plain.state_dict(), strict=False)
+    assert_close(model(ids).logits, plain(ids).logits, **rounding())
+    for layer in model.model.layers:
+        layer.self_attn.memory_gate.weight.normal_()
+    difference = (model(ids).logits - plain(ids).logits).abs()
+    assert not difference[:, :N].any() and difference[:, N:].amax() > 1e-2
+    model.save_pretrained(tmp_path / "infini")
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "infini").state_dict(), model.state_dict())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rule", ["linear", "delta", "least_squares"])
 def test_closed_write_gates_leave_no_nan(rule):
     """Where next to nothing is written, read in one call or token by token."""
@@ -524,6 +546,7 @@ BAD_VALUES = [
     ("block_segments", 1.5),
     ("gate_init", "open"),
     ("write_gate", "open"),
+    ("read_gate", 2),
     ("layer_types", "infini_attention"),
 ]
 

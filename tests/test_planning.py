@@ -88,6 +88,7 @@ class LiveBytes(TorchDispatchMode):
         {"attention_bias": True, "mlp_bias": True},
         {"num_key_value_heads": 4},
         {"write_gate": True},
+        {"read_gate": True},
     ],
 )
 def test_parameters_are_counted_exactly(overrides) -> None:

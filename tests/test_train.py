@@ -418,6 +418,15 @@ def test_the_gates_move_by_their_own_rate(run, folder):
             assert_equal(after[name], before[name])
 
 
+def test_a_model_gets_read_gates_that_are_trained(run, folder):
+    """From 0, by the gates' rate; without the option there are none."""
+    result = run(max_steps=1, learning_rate=0.0, gate_learning_rate=0.02, read_gate=True)
+    gates = {name: x for name, x in weights(result.model).items() if "memory_gate.weight" in name}
+    assert not gates.keys() & weights(folder).keys() and len(gates) == 2  # layers
+    for gate in gates.values():
+        assert gate.abs().max() < 0.0201 and gate.abs().median() > 0.0199
+
+
 def test_a_model_gets_write_gates_that_are_trained(run, folder):
     """The first step of Adam moves their weights from 0 by the gates' rate (by less where the gradient is next to nothing);
     without the option there are none. (Their biases have no gradient yet: the same strength for all tokens makes no
@@ -789,10 +798,11 @@ def test_an_adapter_goes_on_where_another_run_left_it(run, training, tmp_path):
 
 
 @with_peft
-def test_an_adapter_goes_on_with_write_gates_that_its_model_has_since(run, training, tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", ["write", "read"])
+def test_an_adapter_goes_on_with_gates_that_its_model_has_since(kind, run, training, tokenizer, tmp_path):
     """They start as the model's, and are trained and saved; what the adapter had goes on."""
     first = run(output=tmp_path / "first", lora_rank=2)
-    model = save_model(tmp_path / "gated", tokenizer, write_gate=True)
+    model = save_model(tmp_path / "gated", tokenizer, **{f"{kind}_gate": True})
     start = training(model=model, output=tmp_path / "start", adapter=first.output / "adapter")
     before, own = (
         load_file(first.output / "adapter" / "adapter_model.safetensors"),
@@ -802,7 +812,8 @@ def test_an_adapter_goes_on_with_write_gates_that_its_model_has_since(run, train
         name.replace(".default", "").replace(".modules_to_save", ""): x for name, x in start.model.named_parameters()
     }
     assert all(torch.equal(names[name], x) for name, x in before.items())
-    gates = {name: x for name, x in names.items() if "write_gate" in name and "original" not in name}
+    module = {"write": "write_gate.", "read": "memory_gate.weight"}[kind]
+    gates = {name: x for name, x in names.items() if module in name and "original" not in name}
     assert gates and all(x.requires_grad for x in gates.values())
     assert all(torch.equal(x, own[name.removeprefix("base_model.model.")]) for name, x in gates.items())
     second = run(model=model, output=tmp_path / "second", adapter=first.output / "adapter", gate_learning_rate=0.05)
@@ -811,11 +822,11 @@ def test_an_adapter_goes_on_with_write_gates_that_its_model_has_since(run, train
 
 
 @with_peft
-def test_an_adapter_with_write_gates_is_refused_by_a_model_without(run, refuses, tokenizer, tmp_path):
-    gated = run(
-        model=save_model(tmp_path / "gated", tokenizer, write_gate=True), output=tmp_path / "gates", lora_rank=2
-    )
-    refuses("`adapter`", "write gates", "--write-gate", lora_rank=0, adapter=gated.output / "adapter")
+@pytest.mark.parametrize("kind", ["write", "read"])
+def test_an_adapter_with_gates_is_refused_by_a_model_without(kind, run, refuses, tokenizer, tmp_path):
+    model = save_model(tmp_path / "gated", tokenizer, **{f"{kind}_gate": True})
+    gated = run(model=model, output=tmp_path / "gates", lora_rank=2)
+    refuses("`adapter`", f"{kind} gates", f"--{kind}-gate", lora_rank=0, adapter=gated.output / "adapter")
 
 
 @with_peft
@@ -1226,6 +1237,7 @@ def test_an_adapter_on_nothing_is_refused(refuses):
     refuses("`lora_target_modules`", "nothing_proj", lora_rank=2, lora_target_modules=["nothing_proj"])
     refuses("`adapter` 'nowhere'", lora_rank=0, adapter="nowhere")
     refuses("`write_gate`", "adapter", lora_rank=2, write_gate=True)
+    refuses("`read_gate`", "--read-gate", lora_rank=2, read_gate=True)
     for own in ({"lora_rank": 2}, {"lora_alpha": 2}, {"gate_init": 0.0}):
         refuses(f"`{next(iter(own))}`", "`adapter`", adapter="nowhere", **own)
 

@@ -32,13 +32,15 @@ def tiny_config(**overrides) -> InfiniLlamaConfig:
 
 
 def tiny_model(**overrides) -> InfiniLlamaForCausalLM:
-    """A random model in eval mode. Its gates differ from head to head, so that no head can stand in for another, and write
-    gates from token to token.
+    """A random model in eval mode. Its gates differ from head to head, so that no head can stand in for another, and read and
+    write gates from token to token.
     """
     model = InfiniLlamaForCausalLM(tiny_config(**overrides)).eval()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.memory_gate.bias.normal_()
+            if model.config.read_gate:
+                layer.self_attn.memory_gate.weight.normal_()
             if model.config.write_gate:
                 layer.self_attn.write_gate.weight.normal_()
     return model
@@ -53,6 +55,7 @@ def base_llama(model: InfiniLlamaForCausalLM) -> LlamaForCausalLM:
         "memory_update",
         "gate_init",
         "write_gate",
+        "read_gate",
         "block_segments",
         "layer_types",
         "auto_map",
