@@ -206,22 +206,23 @@ def test_reading_for_a_token_is_read_and_mix(rule: str, dtype: torch.dtype) -> N
     torch.manual_seed(0)
     B, K, G, D = 3, 2, 3, 8
     sigma_q, local = sigma(torch.randn(B, K, 1, G, D)), torch.randn(B, 1, K, G, D, dtype=dtype)
-    beta, memory = torch.randn(K, G), random_memory(B, K, D, D, rule).map(torch.Tensor.float)
-    gate = open_gate(beta, memory)
-    expected = mix(gate.transpose(1, 2), local, read(rule, sigma_q, memory, gate).transpose(1, 2))
-    output = read_token(rule, sigma_q.squeeze(2), local.squeeze(1), beta, memory)
-    torch.testing.assert_close(output, expected.squeeze(1))
+    memory = random_memory(B, K, D, D, rule).map(torch.Tensor.float)
+    for beta in (torch.randn(1, K, 1, G), torch.randn(B, K, 1, G)):  # of heads, and of tokens
+        gate = open_gate(beta.squeeze(0), memory)
+        expected = mix(gate.transpose(1, 2), local, read(rule, sigma_q, memory, gate).transpose(1, 2))
+        output = read_token(rule, sigma_q.squeeze(2), local.squeeze(1), beta.squeeze(2), memory)
+        torch.testing.assert_close(output, expected.squeeze(1))
 
 
 def test_mix_is_equation_10_and_local_alone_while_empty() -> None:
     """sigmoid(beta) is the share of the memory, per query head; a row without memory keeps all of A_local, bit for bit."""
-    beta, local = torch.randn(2, 3), torch.randn(2, 2, 5, 3, 4)
+    beta, local = torch.randn(2, 1, 3), torch.randn(2, 2, 5, 3, 4)
     sigma_q = sigma(torch.randn(2, 2, 5, 3, 4))
     memory = MemoryState(torch.randn(2, 2, 4, 4), torch.tensor([[[1.0] * 4] * 2, [[0.0] * 4] * 2]))
     memory = MemoryState(memory.matrix * (memory.normalizer > 0)[..., None], memory.normalizer)
     gate = open_gate(beta, memory)
     mixed = mix(gate, local, read("linear", sigma_q, memory, gate))
-    share = torch.sigmoid(beta)[None, :, None, :, None]
+    share = torch.sigmoid(beta)[None, ..., None]
     torch.testing.assert_close(mixed[0], (share * read("linear", sigma_q, memory) + (1 - share) * local)[0])
     assert torch.equal(mixed[1], local[1])
 
