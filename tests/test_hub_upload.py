@@ -22,6 +22,7 @@ from test_scripts import tiny_tokenizer
 from tiny import base_llama, random_ids, tiny_model
 
 from infini_llama.hub_upload.__main__ import build_parser, main
+from infini_llama.hub_upload.build import is_untrained
 from infini_llama.hub_upload.check import check, reference
 from infini_llama.hub_upload.push import publish
 from infini_llama.modeling_infini import InfiniLlamaForCausalLM
@@ -123,6 +124,17 @@ def test_an_adapter_is_merged_into_its_base(place, tmp_path, capsys):
     assert layer.memory_gate.bias.dtype == torch.float32 and (layer.memory_gate.bias == 0.5).all()
     torch.testing.assert_close(layer.q_proj.weight.float(), merged.q_proj.weight, rtol=2**-6, atol=2**-6)
     assert "untrained" not in (tmp_path / "built/README.md").read_text()
+
+
+def test_read_gates_are_untrained_until_their_weights_move():
+    model = tiny_model(read_gate=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.memory_gate.bias.fill_(model.config.gate_init)
+            layer.self_attn.memory_gate.weight.zero_()
+        assert is_untrained(model)
+        model.model.layers[0].self_attn.memory_gate.weight[0, 0] = 1.0
+        assert not is_untrained(model)
 
 
 def test_what_cannot_be_built_is_refused_and_leaves_nothing(place, tmp_path, capsys):
