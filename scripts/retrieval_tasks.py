@@ -71,6 +71,7 @@ class Sample:
     """A sequence of a task: its tokens, and where answer and (asked) needle are in them.
 
     Attributes:
+        needle: is empty where the needle is absent.
         earlier: the answers to other questions, which come before this one.
     """
 
@@ -104,6 +105,9 @@ class RetrievalTask:
             samples that are too short for it; there the needle is anywhere.
         across_segments: probability that such a needle is one which a segment's end cuts in two, if there is a place
             for it: few are by chance, and a memory has to be shown how to put them together.
+        absent: probability that the needle is left out of a sample, which asks for it all the same. There is nothing to
+            learn then but that no answer is likelier than another, so that a model has no favourite that wins where
+            what it reads from its memory has become weak.
     """
 
     def __init__(
@@ -112,12 +116,14 @@ class RetrievalTask:
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
         across_segments: float = 0.0,
+        absent: float = 0.0,
     ):
-        for name, share in (("outside_last_segment", outside_last_segment), ("across_segments", across_segments)):
+        shares = {"outside_last_segment": outside_last_segment, "across_segments": across_segments, "absent": absent}
+        for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}: give a probability, from 0 to 1")
         self.segment_length = segment_length
-        self.outside_last_segment, self.across_segments = outside_last_segment, across_segments
+        self.outside_last_segment, self.across_segments, self.absent = shares.values()
         self.intro: list[int] = []
         self.haystack: list[int] = []
         # Ascending places in the haystack at which a needle may be put.
@@ -142,6 +148,9 @@ class RetrievalTask:
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"depth is {depth}: give a number from 0 (start) to 1 (end), or None to draw it")
         (asked, *others), turns = self.draw(rng)
+        # Where nothing may be absent or cut in two, nothing is drawn for it, so that a seed goes on giving the same samples.
+        if self.absent and rng.random() < self.absent:
+            asked = []
         intro, asking = [] if continued else self.intro, sum(map(len, turns))
         needed = len(intro) + len(asked) + sum(map(len, others)) + asking
         if length < needed:
@@ -163,7 +172,6 @@ class RetrievalTask:
         cut_in_two = False
         if depth is None:
             if self.segment_length:
-                # Without `across_segments` nothing is drawn, so that a seed goes on giving the same samples.
                 cut_in_two = bool(self.across_segments) and rng.random() < self.across_segments
                 question_segment = (length - asking) // self.segment_length
                 before_segment = question_segment * self.segment_length - len(asked)
@@ -224,7 +232,7 @@ class Passkey(RetrievalTask):
         digits: of the number.
         random_start: begin at any token of the sentences. In training it lets segments cut them at all places, as those of a
             long text do; else each sample begins with the first sentence, as the paper's.
-        segment_length, outside_last_segment, across_segments: see `RetrievalTask`.
+        segment_length, outside_last_segment, across_segments, absent: see `RetrievalTask`.
     """
 
     def __init__(
@@ -236,11 +244,13 @@ class Passkey(RetrievalTask):
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
         across_segments: float = 0.0,
+        absent: float = 0.0,
     ):
         super().__init__(
             segment_length=segment_length,
             outside_last_segment=outside_last_segment,
             across_segments=across_segments,
+            absent=absent,
         )
         if digits < 1:
             raise ValueError(f"digits is {digits}: give at least 1")
@@ -273,7 +283,7 @@ class Needle(RetrievalTask):
         num_questions: how many of them are asked for, one after another: more to learn from a long text.
         haystack_numbers: share of the haystack's words before which a number is put, to be told from the needles': books
             have hardly any.
-        segment_length, outside_last_segment, across_segments: see `RetrievalTask`.
+        segment_length, outside_last_segment, across_segments, absent: see `RetrievalTask`.
     """
 
     def __init__(
@@ -289,11 +299,13 @@ class Needle(RetrievalTask):
         segment_length: int | None = None,
         outside_last_segment: float = 0.85,
         across_segments: float = 0.0,
+        absent: float = 0.0,
     ):
         super().__init__(
             segment_length=segment_length,
             outside_last_segment=outside_last_segment,
             across_segments=across_segments,
+            absent=absent,
         )
         if values not in VALUES:
             raise ValueError(f"values is {values!r}: choose one of {', '.join(VALUES)}")

@@ -213,6 +213,21 @@ def test_needles_are_cut_in_two_by_a_segments_end_as_often_as_asked_for():
     assert share(1, segments=1) == 0  # there is no place for it
 
 
+@pytest.mark.parametrize("name", ["passkey", "needle"])
+def test_needles_are_absent_as_often_as_asked_for(name):
+    """They are asked for all the same, and the sample is as long as others."""
+    num_absent = 0
+    for seed in range(400):
+        (needle, *_), (question, answer) = make_task(name).draw(random.Random(seed))
+        sample = make_task(name, absent=0.5).sample(random.Random(seed), 4 * SEGMENT)
+        assert len(sample.ids) == 4 * SEGMENT and sample.ids[-len(question + answer) :] == question + answer
+        if sample.ids[sample.needle] != needle:
+            num_absent += 1
+            assert sample.needle.start == sample.needle.stop
+            assert TEXT.decode(needle) not in TEXT.decode(sample.ids)
+    assert abs(num_absent / 400 - 0.5) < 0.075  # three deviations
+
+
 def test_the_segment_that_counts_is_the_one_in_which_the_question_begins():
     """The cue is the last token of its segment here, so that the answer is in the next one."""
     task = make_task("copy", outside_last_segment=1, num_tokens=40)
@@ -325,6 +340,7 @@ def test_copy_uses_no_special_token_of_a_tokenizer():
         (lambda: Passkey(TEXT, digits=0), "digits is 0: give at least 1"),
         (lambda: Passkey(TEXT, outside_last_segment=2), "outside_last_segment is 2: give a probability"),
         (lambda: Passkey(TEXT, across_segments=-1), "across_segments is -1: give a probability"),
+        (lambda: Needle(TEXT, absent=2), "absent is 2: give a probability"),
         (lambda: Needle(TEXT, values="colors"), "values is 'colors': choose one of numbers, words, uuids"),
         (lambda: Needle(TEXT, num_needles=0), "num_needles is 0: give 1 to"),
         (lambda: Needle(TEXT, num_needles=2, num_questions=3), "num_questions is 3: give 1 to num_needles"),
